@@ -1,0 +1,1 @@
+"""Convert Llama-family checkpoints between Hugging Face and Megatron-core layouts."""

@@ -1,0 +1,1 @@
+"""Contracts, configuration, stages and the `align` command for aligning language models."""

@@ -1,0 +1,1 @@
+"""Task accuracy and judge evaluation of aligned models."""

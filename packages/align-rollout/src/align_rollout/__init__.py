@@ -1,0 +1,1 @@
+"""Generation with vLLM and live, verified weight updates."""
