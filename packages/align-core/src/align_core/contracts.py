@@ -1,0 +1,132 @@
+"""The contracts between packages: what an engine, a trainer, a weight source and sink, a reward and a judge must do.
+
+Structural (typing.Protocol): an implementation inherits nothing and is checked by `align_core.conformance`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_core.config import LossConfig, SamplingConfig
+from align_core.types import Batch, Completion, ParamMeta, Prompt, Score, WeightChunk, WeightTensor
+
+
+class WeightSource(Protocol):
+    """The weights of a trainer, in Hugging Face names and shapes, whatever its parallel layout."""
+
+    def metadata(self) -> Sequence[ParamMeta]:
+        """Every weight that `iterate` will yield, in that order."""
+        ...
+
+    def iterate(self) -> Iterator[WeightTensor]:
+        """The weights, one at a time; a weight's bytes stay valid until the iterator is closed or exhausted."""
+        ...
+
+
+class WeightSink(Protocol):
+    """Where new weights enter a live engine. The old weights answer requests until `commit` returns."""
+
+    def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
+        """Announces all weights of `version`; raises SyncError that names what the engine lacks or does not know."""
+        ...
+
+    def load(self, chunk: WeightChunk) -> None:
+        """Takes some of the announced weights; raises SyncError that names a weight whose checksum differs."""
+        ...
+
+    def commit(self) -> None:
+        """Makes `version` current and drops caches of the old one; raises SyncError naming weights that never came."""
+        ...
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Generates token ids from token ids."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
+        """`sampling.n` completions a prompt, in the order of the prompts, samples 0 .. n-1 of a prompt adjacent.
+
+        Raises DataError for a prompt that leaves no room for `sampling.max_tokens` in the context.
+        """
+        ...
+
+    def weight_sink(self) -> WeightSink:
+        """The door for new weights."""
+        ...
+
+    def close(self) -> None:
+        """Frees processes and memory; calling it again does nothing."""
+        ...
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """A model that is scored and updated; holds the optimizer, knows nothing of stages."""
+
+    def logprobs(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [N], log-prob of each token given those before it in its sequence (0 for the first), at temperature 1."""
+        ...
+
+    def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
+        """One optimizer update on the whole batch, whatever the micro-batches; returns `loss`, `grad_norm`, `lr`, ..."""
+        ...
+
+    def weights(self) -> WeightSource:
+        """The current weights."""
+        ...
+
+    def save(self, path: Path, state: Mapping[str, str]) -> None:
+        """Writes all that is needed to continue, atomically: weights, optimizer, scheduler, random state and `state`."""
+        ...
+
+    def load(self, path: Path) -> Mapping[str, str]:
+        """Continues from `save`, on any parallel layout; returns the `state` saved with it."""
+        ...
+
+
+@runtime_checkable
+class SupportsScoring(Protocol):
+    """A model with a scalar head."""
+
+    def scores(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [B], the scalar at the last token of each sequence."""
+        ...
+
+
+@runtime_checkable
+class SupportsExport(Protocol):
+    """A trainer that writes its model alone, without the state of training."""
+
+    def export(self, path: Path) -> None:
+        """Writes a Megatron checkpoint directory with config and tokenizer beside it, atomically."""
+        ...
+
+
+@runtime_checkable
+class SupportsClose(Protocol):
+    """A trainer that owns processes or memory."""
+
+    def close(self) -> None:
+        """Frees them; calling it again does nothing."""
+        ...
+
+
+class RewardFunction(Protocol):
+    """Scores completions; one call over lists, so that an implementation may batch or parallelise."""
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[object]]
+    ) -> Sequence[Score]:
+        """One score a completion; `columns` are the dataset's other columns, repeated for each completion."""
+        ...
+
+
+class Command(Protocol):
+    """A command mounted under `align` through the entry-point group `align.commands`."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs with the arguments after its name; returns the exit status."""
+        ...

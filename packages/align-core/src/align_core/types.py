@@ -1,0 +1,246 @@
+"""Records that travel between stages, trainers and engines: ragged batches, prompts, completions, weights.
+
+Everything here is numpy and plain Python, picklable, and never padded: a batch is flat tokens plus offsets.
+Shape letters: B sequences, N flat tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_core.errors import DataError
+
+FinishReason = Literal["stop", "length", "abort"]
+Head = Literal["lm", "score"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Sequences of different lengths laid end to end, with columns beside them.
+
+    Column names that trainers and losses understand:
+        per token    `mask` bool, True where the token is a target of the loss; `logprobs`, `old_logprobs`,
+                     `reference_logprobs` float32, log p(token | the tokens before it in its sequence), nats, 0 for
+                     the first token of a sequence; `advantages` float32.
+        per sequence `group` int64, the prompt id: adjacent sequences of one group stay in one micro-batch;
+                     `label` float32, the score a reward model learns to rank by.
+    """
+
+    tokens: NDArray[np.int32]
+    """int32 [N], the token ids of all sequences, end to end."""
+    offsets: NDArray[np.int64]
+    """int64 [B+1], sequence i is tokens[offsets[i]:offsets[i+1]]."""
+    token_columns: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    """Per-token columns, each [N]."""
+    sequence_columns: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
+    """Per-sequence columns, each [B]."""
+
+    def __post_init__(self) -> None:
+        offsets, tokens = self.offsets, self.tokens
+        if offsets.ndim != 1 or len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
+            raise DataError(
+                f"offsets must run from 0 to the {len(tokens)} tokens of the batch, got {offsets.tolist()[:8]}"
+            )
+        if np.any(np.diff(offsets) <= 0):
+            raise DataError(
+                f"sequence {int(np.argmin(np.diff(offsets)))} of the batch is empty; drop it before batching"
+            )
+        for name, column in self.token_columns.items():
+            if len(column) != len(tokens):
+                raise DataError(f"per-token column {name!r} has {len(column)} values for {len(tokens)} tokens")
+        for name, column in self.sequence_columns.items():
+            if len(column) != len(self):
+                raise DataError(f"per-sequence column {name!r} has {len(column)} values for {len(self)} sequences")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [B], tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """bool [N], the `mask` column."""
+        return self.token_column("mask").astype(np.bool_, copy=False)
+
+    def token_column(self, name: str) -> NDArray[np.generic]:
+        """The per-token column `name`; raises DataError that lists the columns there are."""
+        if name not in self.token_columns:
+            raise DataError(f"the batch has no per-token column {name!r}, only {sorted(self.token_columns)}")
+        return self.token_columns[name]
+
+    def sequence_column(self, name: str) -> NDArray[np.generic]:
+        """The per-sequence column `name`; raises DataError that lists the columns there are."""
+        if name not in self.sequence_columns:
+            raise DataError(f"the batch has no per-sequence column {name!r}, only {sorted(self.sequence_columns)}")
+        return self.sequence_columns[name]
+
+    def with_columns(
+        self,
+        *,
+        tokens: Mapping[str, NDArray[np.generic]] | None = None,
+        sequences: Mapping[str, NDArray[np.generic]] | None = None,
+    ) -> "Batch":
+        """The same sequences with more (or replaced) columns."""
+        return Batch(
+            tokens=self.tokens,
+            offsets=self.offsets,
+            token_columns={**self.token_columns, **(tokens or {})},
+            sequence_columns={**self.sequence_columns, **(sequences or {})},
+        )
+
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> "Batch":
+        """The sequences `indices`, in that order, with their columns."""
+        rows = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Batch(
+            tokens=self.tokens[flat],
+            offsets=offsets,
+            token_columns={name: column[flat] for name, column in self.token_columns.items()},
+            sequence_columns={name: column[rows] for name, column in self.sequence_columns.items()},
+        )
+
+    @staticmethod
+    def of(
+        sequences: Sequence[Sequence[int] | NDArray[np.int32]],
+        *,
+        tokens: Mapping[str, Sequence[NDArray[np.generic]]] | None = None,
+        columns: Mapping[str, NDArray[np.generic]] | None = None,
+    ) -> "Batch":
+        """A batch from lists: `tokens[name]` holds one array a sequence, `columns[name]` one value a sequence."""
+        arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
+        return Batch(
+            tokens=np.concatenate(arrays) if arrays else np.zeros(0, np.int32),
+            offsets=offsets,
+            token_columns={name: np.concatenate(list(parts)) for name, parts in (tokens or {}).items()},
+            sequence_columns=dict(columns or {}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One prompt as the engine sees it. The id, not the tokens, says which completions belong together."""
+
+    id: int
+    tokens: NDArray[np.int32]
+    """int32 [L], L >= 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What the engine sampled for one prompt. A truncated completion carries no invented end-of-sequence token."""
+
+    prompt_id: int
+    sample: int
+    """0 .. n-1 among the completions of its prompt."""
+    tokens: NDArray[np.int32]
+    """int32 [L], exactly the sampled ids, the end-of-sequence token included when it was sampled."""
+    logprobs: NDArray[np.float32]
+    """float32 [L], log-prob of each sampled token at temperature 1, nats, as the engine computed it."""
+    finish_reason: FinishReason
+    version: int
+    """Version of the weights that sampled it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A reward function's answer for one completion: a value, or the reason why there is none (never a silent 0)."""
+
+    value: float | None
+    error: str = ""
+    """Why scoring failed; empty when `value` is set."""
+    extracted: str = ""
+    """What the function read out of the completion, for people who check it."""
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (not self.error):
+            raise DataError(f"a score has either a value or an error, got value={self.value!r}, error={self.error!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParamMeta:
+    """Name (Hugging Face's), shape and dtype of one weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
+
+
+ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightTensor:
+    """One weight on its way to an engine: raw little-endian bytes in this process, or in a file that both sides map."""
+
+    meta: ParamMeta
+    checksum: int
+    """`checksum()` of the tensor as its sender holds it; the receiver computes it again."""
+    data: NDArray[np.uint8] | None = None
+    """uint8 [nbytes], when sender and receiver share a process."""
+    file: Path | None = None
+    """The file (usually in shared memory) that holds the bytes, when they do not."""
+    offset: int = 0
+    """Where in `file` they start, bytes."""
+
+    def bytes(self) -> NDArray[np.uint8]:
+        """uint8 [nbytes]; a read-only view where it is mapped from a file."""
+        if self.data is not None:
+            return self.data
+        if self.file is None:
+            raise DataError(f"weight {self.meta.name!r} carries neither data nor a file")
+        return np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.meta.nbytes,))
+
+
+WeightChunk = Sequence[WeightTensor]
+
+# Odd weights make every bit of every element count (a bit flip changes the sum by an odd multiple of a power of two);
+# weights that grow with the position make a swap of two elements visible.
+_POSITION_STEP = np.uint64(0x9E3779B97F4A7C14)
+_POSITION_START = np.uint64(0xD1B54A32D192ED03)
+_CHECKSUM_BLOCK = 1 << 20  # elements at a time, so that the uint64 scratch stays at 8 MiB
+
+
+def checksum(data: NDArray[np.uint8], *, item_bytes: int, start: int = 0) -> int:
+    """Position-sensitive sum of a tensor's elements modulo 2^64; sums of disjoint parts add up to the whole's.
+
+    Args:
+        data: uint8 [n * item_bytes], contiguous elements.
+        item_bytes: 2 or 4, bytes an element.
+        start: flat index, in the whole tensor, of the first element of `data`.
+    """
+    elements = np.ascontiguousarray(data).view({2: np.uint16, 4: np.uint32}[item_bytes])
+    total = 0
+    for first in range(0, len(elements), _CHECKSUM_BLOCK):
+        block = elements[first : first + _CHECKSUM_BLOCK].astype(np.uint64)
+        index = np.arange(start + first, start + first + len(block), dtype=np.uint64)
+        total += int(np.sum((block + np.uint64(1)) * (index * _POSITION_STEP + _POSITION_START), dtype=np.uint64))
+    return total % 2**64
+
+
+def chunked(weights: Iterator[WeightTensor], *, chunk_bytes: int) -> Iterator[list[WeightTensor]]:
+    """Cuts a stream of weights into lists of at most `chunk_bytes` (at least one weight each)."""
+    chunk: list[WeightTensor] = []
+    size = 0
+    for weight in weights:
+        if chunk and size + weight.meta.nbytes > chunk_bytes:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(weight)
+        size += weight.meta.nbytes
+    if chunk:
+        yield chunk
