@@ -1,0 +1,102 @@
+"""The additions: right and careless answers by hand, and a split that keeps held-out questions unseen."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from align_core.errors import DataError
+from align_core.tutorial.additions import (
+    Addition,
+    additions_files,
+    demonstrations,
+    preference_pairs,
+    split,
+    write_additions,
+)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def number_pair(record: dict[str, str]) -> tuple[int, int]:
+    a, b = map(int, re.findall(r"\d+", record["prompt"]))
+    return min(a, b), max(a, b)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "right", "careless"),
+    [(27, 58, 85, 75), (21, 58, 79, 79), (15, 15, 30, 20), (99, 99, 198, 188), (45, 54, 99, 99), (55, 45, 100, 90)],
+)
+def test_careless_answer_drops_the_carry_of_the_units(a: int, b: int, right: int, careless: int) -> None:
+    addition = Addition(a=a, b=b)
+    assert (addition.answer, addition.careless) == (right, careless)
+    assert addition.question == f"What is {a} + {b}?"
+
+
+def test_split_holds_every_addition_once_and_keeps_twins_together() -> None:
+    """90 x 90 = 8,100 ordered and 90 * 91 / 2 = 4,095 unordered pairs, 410 (409.5 rounded to even) of them held out."""
+    train, held_out = split(seed=3, held_out=0.1)
+    pairs = [{(min(q.a, q.b), max(q.a, q.b)) for q in side} for side in (train, held_out)]
+    assert len({(q.a, q.b) for q in train + held_out}) == len(train) + len(held_out) == 8100
+    assert not pairs[0] & pairs[1]
+    assert (len(pairs[0]), len(pairs[1])) == (3685, 410)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_split_refuses_a_share_that_leaves_one_side_empty(share: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        split(seed=0, held_out=share)
+
+
+def test_student_carries_as_often_as_asked_and_errs_nowhere_else() -> None:
+    """4,000 draws at 0.4: four standard deviations are 4 * sqrt(0.24 / 4000) = 0.031."""
+    carry, plain = Addition(a=27, b=58), Addition(a=21, b=58)
+    responses = [r["response"] for r in demonstrations([carry] * 4000, correct=0.4, rng=random.Random(0))]
+    assert set(responses) == {" 85", " 75"}
+    assert abs(responses.count(" 85") / 4000 - 0.4) < 0.031
+    assert {r["response"] for r in demonstrations([plain] * 100, correct=0.4, rng=random.Random(0))} == {" 79"}
+
+
+def test_preference_pairs_prefer_the_right_answer_to_the_mistakes_in_use() -> None:
+    rng = random.Random(0)
+    carry = list(preference_pairs([Addition(a=27, b=58)] * 100, rng=rng))
+    plain = list(preference_pairs([Addition(a=21, b=58)] * 100, rng=rng))
+    assert {r["chosen"] for r in carry} == {" 85"}
+    assert {r["rejected"] for r in carry} == {" 75", " 84", " 86"}
+    assert {r["rejected"] for r in plain} == {" 89", " 78", " 80"}
+
+
+def test_files_hold_the_documented_records_and_keep_the_test_unseen(tmp_path: Path) -> None:
+    files = write_additions(tmp_path / "data", seed=1)
+    assert files == additions_files(tmp_path / "data")
+    test, test_pairs = read(files.test), read(files.test_preferences)
+    trained = [*read(files.sft), *read(files.preferences), *read(files.prompts)]
+    assert read(files.sft)[0].keys() == {"prompt", "response"}
+    assert read(files.preferences)[0].keys() == {"prompt", "chosen", "rejected"}
+    assert read(files.prompts)[0].keys() == test[0].keys() == {"prompt", "answer"}
+    assert not {number_pair(r) for r in trained} & {number_pair(r) for r in test + test_pairs}
+    assert all(int(r["answer"]) == sum(number_pair(r)) for r in test + read(files.prompts))
+    assert len(test) == len({r["prompt"] for r in test}) == 200
+
+
+def test_every_second_test_question_needs_a_carry(tmp_path: Path) -> None:
+    test = read(write_additions(tmp_path / "data", seed=1).test)
+    carries = [Addition(a=a, b=b).carries for a, b in map(number_pair, test)]
+    assert carries == [True, False] * 100
+
+
+def test_same_seed_same_bytes_and_another_seed_another_split(tmp_path: Path) -> None:
+    first, again, other = (write_additions(tmp_path / name, seed=seed) for name, seed in [("a", 5), ("b", 5), ("c", 6)])
+    for one, two in [(first.sft, again.sft), (first.preferences, again.preferences), (first.test, again.test)]:
+        assert one.read_bytes() == two.read_bytes()
+    assert first.test.read_bytes() != other.test.read_bytes()
+
+
+def test_too_many_test_questions_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="lower num_test or raise held_out"):
+        write_additions(tmp_path / "data", seed=0, held_out=0.01)
+    assert list(tmp_path.iterdir()) == []
