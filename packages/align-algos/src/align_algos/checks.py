@@ -1,0 +1,96 @@
+"""Refuse what a formula cannot mean, by the argument's name, before any arithmetic. Knows nothing about the formulas.
+
+A loss that meets a NaN, a shifted column or a wrong count still returns a number; these checks make it stop instead.
+Each loss makes one synchronisation with the device here, whatever the number of its columns.
+
+Legend: B sequences, N flat tokens.
+"""
+
+import itertools
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+from align_algos.errors import InputError
+
+
+def check_columns(length_of: str, length: int, /, **columns: Tensor) -> None:
+    """Every column is [length], floating point and finite; it holds one value per `length_of`, named in the error."""
+    for name, column in columns.items():
+        if column.dim() != 1 or column.shape[0] != length:
+            raise InputError(f"{name} has shape {list(column.shape)}; expected [{length}], one value per {length_of}")
+        if not column.is_floating_point():
+            raise InputError(f"{name} has dtype {column.dtype}; expected a floating point dtype")
+    _check_finite(columns)
+
+
+def check_mask(mask_N: Tensor) -> int:
+    """The mask is bool and one-dimensional; returns its length N."""
+    if mask_N.dim() != 1:
+        raise InputError(f"mask_N has shape {list(mask_N.shape)}; expected [N], flat over the tokens of all sequences")
+    if mask_N.dtype != torch.bool:
+        raise InputError(f"mask_N has dtype {mask_N.dtype}; expected torch.bool (use mask != 0)")
+    return mask_N.shape[0]
+
+
+def check_offsets(offsets: Tensor, num_tokens: int) -> int:
+    """The offsets are [B+1], integer, start at 0, never fall and end at `num_tokens`; returns B."""
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise InputError(f"offsets has shape {list(offsets.shape)}; expected [B+1]")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"offsets has dtype {offsets.dtype}; expected int64 or int32")
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens:
+        raise InputError(
+            f"offsets go from {bounds[0]} to {bounds[-1]}; expected 0 to {num_tokens}, the number of tokens"
+        )
+    if any(stop < start for start, stop in itertools.pairwise(bounds)):
+        raise InputError(f"offsets must not fall, but hold {bounds}")
+    return len(bounds) - 1
+
+
+def check_groups(group_B: Tensor, length: int) -> None:
+    """The group ids are [B] and integer."""
+    if group_B.dim() != 1 or group_B.shape[0] != length:
+        raise InputError(f"group_B has shape {list(group_B.shape)}; expected [{length}], one id per sequence")
+    if group_B.is_floating_point() or group_B.is_complex() or group_B.dtype == torch.bool:
+        raise InputError(f"group_B has dtype {group_B.dtype}; expected an integer dtype")
+
+
+def check_count(name: str, count: int, *, local: int) -> int:
+    """A global count is an integer of at least `local`, the count in this micro-batch; returns a safe divisor.
+
+    A count of 0 is accepted only where there is nothing to divide: an empty batch has loss 0, not 0/0.
+    """
+    try:
+        count = operator.index(count)
+    except TypeError:
+        raise InputError(f"{name} is {count!r}; expected an integer") from None
+    if count < local:
+        raise InputError(
+            f"{name} is {count}, but this micro-batch alone has {local}; pass the count of the whole batch, "
+            "over all micro-batches and data-parallel ranks"
+        )
+    return max(count, 1)
+
+
+def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
+    """A number is finite and within [low, high]."""
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InputError(f"{name} is {value}; expected a finite number in [{low:g}, {high:g}]")
+
+
+def _check_finite(columns: dict[str, Tensor]) -> None:
+    if not columns:
+        return
+    finite = torch.stack([torch.isfinite(column).all() for column in columns.values()])
+    for (name, column), good in zip(columns.items(), finite.tolist()):
+        if not good:
+            where = int((~torch.isfinite(column)).nonzero()[0])
+            total = int((~torch.isfinite(column)).sum())
+            raise InputError(
+                f"{name} holds {float(column[where])} at position {where} ({total} of {len(column)} values are not "
+                "finite); positions outside the mask must be finite too: fill them with 0"
+            )

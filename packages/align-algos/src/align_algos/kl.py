@@ -1,0 +1,138 @@
+"""Per-token estimates of KL(policy || reference) from sampled tokens, and the controllers of its coefficient.
+
+Source: J. Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html (k1, k2, k3);
+Ziegler et al. 2019, arXiv:1909.08593, section 2.2 (adaptive coefficient).
+
+Legend: N flat tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from align_algos.checks import check_columns, check_number
+from align_algos.errors import InputError
+from align_algos.ratios import exp_ratio
+from align_algos.reductions import working_precision
+
+# Ziegler et al. limit the relative error to 0.2, so that one odd batch cannot throw the coefficient far.
+MAX_RELATIVE_ERROR = 0.2
+
+
+def k1(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """log pi - log ref: unbiased, may be negative, high variance."""
+    return _log_ratio(logprobs_N, reference_logprobs_N)
+
+
+def k2(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """(log pi - log ref)^2 / 2: never negative, biased, low variance."""
+    return _log_ratio(logprobs_N, reference_logprobs_N).square() / 2
+
+
+def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`."""
+    log_ratio_N = _log_ratio(logprobs_N, reference_logprobs_N)
+    return exp_ratio(-log_ratio_N) - 1.0 + log_ratio_N
+
+
+class KlController(Protocol):
+    """Holds the KL coefficient of a run; its state belongs in the run's checkpoint."""
+
+    @property
+    def coef(self) -> float: ...
+
+    def update(self, *, kl: float, num_samples: int) -> None: ...
+
+    def state_dict(self) -> dict[str, float]: ...
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
+
+
+class FixedKl:
+    """A coefficient that never moves."""
+
+    def __init__(self, *, coef: float) -> None:
+        check_number("coef", coef, low=0.0)
+        self._coef = coef
+
+    @property
+    def coef(self) -> float:
+        """The coefficient, per nat."""
+        return self._coef
+
+    def update(self, *, kl: float, num_samples: int) -> None:
+        """Accepts an observation, checks it and stays where it is."""
+        _check_observation(kl, num_samples)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"coef": self._coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore from `state_dict`."""
+        self._coef = _stored_coef(state)
+
+
+class AdaptiveKl:
+    """Steers the KL to the reference towards a target.
+
+    coef <- coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)
+
+    Args:
+        initial_coef: first coefficient, per nat.
+        target: nats per sample, of the KL to the *reference* (not to the previous policy).
+        horizon: samples over which the coefficient moves by up to 20 %.
+    Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
+    """
+
+    def __init__(self, *, initial_coef: float, target: float, horizon: int) -> None:
+        check_number("initial_coef", initial_coef, low=0.0)
+        check_number("target", target, low=0.0)
+        check_number("horizon", horizon, low=1)
+        if target == 0:
+            raise InputError("target is 0; expected a positive number of nats")
+        self._coef = initial_coef
+        self._target = target
+        self._horizon = horizon
+
+    @property
+    def coef(self) -> float:
+        """The coefficient, per nat."""
+        return self._coef
+
+    def update(self, *, kl: float, num_samples: int) -> None:
+        """Move the coefficient after a batch of `num_samples` completions with mean KL `kl` (nats per sample)."""
+        _check_observation(kl, num_samples)
+        if num_samples > self._horizon:
+            raise InputError(f"num_samples {num_samples} exceeds the horizon {self._horizon}; use a longer horizon")
+        error = max(-MAX_RELATIVE_ERROR, min(MAX_RELATIVE_ERROR, kl / self._target - 1.0))
+        self._coef *= 1.0 + error * num_samples / self._horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps; target and horizon come from the configuration."""
+        return {"coef": self._coef}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Restore from `state_dict`."""
+        self._coef = _stored_coef(state)
+
+
+_conforms: tuple[type[KlController], ...] = (FixedKl, AdaptiveKl)
+
+
+def _log_ratio(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    check_columns("token", logprobs_N.numel(), logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
+    return working_precision(logprobs_N) - working_precision(reference_logprobs_N)
+
+
+def _check_observation(kl: float, num_samples: int) -> None:
+    check_number("kl", kl)
+    check_number("num_samples", num_samples, low=0)
+
+
+def _stored_coef(state: Mapping[str, float]) -> float:
+    if set(state) != {"coef"}:
+        raise InputError(f"the state of a KL controller has the keys {sorted(state)}; expected ['coef']")
+    check_number("coef", state["coef"], low=0.0)
+    return float(state["coef"])

@@ -1,0 +1,58 @@
+"""Reward model: Bradley-Terry over all ordered pairs of responses to one prompt. See PAPERS.md#reward-model.
+
+Legend: B sequences.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from align_algos.checks import check_columns, check_count, check_groups
+from align_algos.losses.output import LossOutput
+from align_algos.reductions import working_precision
+
+
+def reward_loss(scores_B: Tensor, labels_B: Tensor, group_B: Tensor, *, num_pairs: int) -> LossOutput:
+    """Negative log-likelihood of the preferences among the responses of each group, divided by `num_pairs`.
+
+    loss = - sum logsigmoid(scores_i - scores_j) / num_pairs, over (i, j) of one group with labels_i > labels_j
+
+    Every pair counts the same, so a prompt with more responses weighs more. Equal labels make no pair.
+
+    Args:
+        scores_B: floating [B], the model's score of each response.
+        labels_B: [B], the annotated quality; only the order within a group matters, fractions are fine.
+        group_B: integer [B], the prompt of each response. All responses of a prompt belong in one micro-batch.
+        num_pairs: ordered pairs in the global batch, from `count_pairs`.
+    Returns:
+        metrics `accuracy`: share of pairs ranked correctly (an equal score is wrong); `margin`: mean score difference.
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
+    Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
+    """
+    check_columns("sequence", scores_B.numel(), scores_B=scores_B)
+    _check_labels(labels_B, group_B, scores_B.numel())
+    same_BB = group_B[:, None] == group_B[None, :]
+    better, worse = torch.nonzero(same_BB & (labels_B[:, None] > labels_B[None, :]), as_tuple=True)
+    divisor = check_count("num_pairs", num_pairs, local=better.shape[0])
+    scores_B = working_precision(scores_B)
+    margins = scores_B[better] - scores_B[worse]
+    metrics = {"accuracy": (margins > 0).sum() / divisor, "margin": margins.detach().sum() / divisor}
+    return LossOutput(-logsigmoid(margins).sum() / divisor, metrics)
+
+
+def count_pairs(labels_B: Tensor, group_B: Tensor) -> int:
+    """Ordered pairs with different labels within a group: the `num_pairs` of `reward_loss`, for the whole batch.
+
+    Pairs of a group of n are n(n-1)/2, less m(m-1)/2 for every m responses that share a label.
+    """
+    _check_labels(labels_B, group_B, labels_B.numel())
+    _, group_sizes = torch.unique(group_B, return_counts=True)
+    _, labels_B = torch.unique(labels_B, return_inverse=True)
+    _, tie_sizes = torch.unique(torch.stack([group_B.long(), labels_B], dim=1), dim=0, return_counts=True)
+    return int((group_sizes * (group_sizes - 1)).sum() - (tie_sizes * (tie_sizes - 1)).sum()) // 2
+
+
+def _check_labels(labels_B: Tensor, group_B: Tensor, length: int) -> None:
+    check_columns("sequence", length, labels_B=labels_B if labels_B.is_floating_point() else labels_B.double())
+    check_groups(group_B, length)

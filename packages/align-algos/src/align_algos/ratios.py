@@ -1,0 +1,13 @@
+"""Probability ratios from differences of log-probabilities, safe against overflow. Knows nothing about clipping."""
+
+import torch
+from torch import Tensor
+
+# exp(30) = 1e13: even squared and summed into a gradient norm it stays below float32's 3e38. Ratios beyond it (a token
+# 1e13 times likelier than before) are reported as 1e13 and pass no gradient; below it the ratio is exact.
+MAX_LOG_RATIO = 30.0
+
+
+def exp_ratio(log_ratio: Tensor) -> Tensor:
+    """exp(log_ratio), with log_ratio capped at MAX_LOG_RATIO. Exact and monotonic below the cap; no Taylor series."""
+    return torch.exp(log_ratio.clamp(max=MAX_LOG_RATIO))

@@ -1,0 +1,94 @@
+"""Sums over tokens and sequences, always divided by a count of the *whole* batch that the caller gives.
+
+A mean over a micro-batch changes with the way the batch was cut; a partial sum over a global count does not: adding
+the results of all micro-batches and data-parallel ranks gives the value of the whole batch. Under a framework that
+*averages* gradients over data-parallel ranks, multiply the loss by the number of ranks.
+
+Values outside the mask reach neither the result nor the gradient, however large they are.
+
+Legend: B sequences, N flat tokens; sequence b is the tokens offsets[b] to offsets[b+1].
+"""
+
+import torch
+from torch import Tensor
+
+from align_algos.checks import check_columns, check_count, check_mask, check_number, check_offsets
+
+
+def working_precision(x: Tensor) -> Tensor:
+    """float64 stays; everything else is computed in float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def masked(x_N: Tensor, mask_N: Tensor) -> Tensor:
+    """`x_N` with exact zeros outside the mask, for value and gradient alike, in working precision."""
+    return torch.where(mask_N, working_precision(x_N), 0.0)
+
+
+def segment_sum(x_N: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of each sequence, [B]; 0 for a sequence without tokens. The order of addition is fixed on every device."""
+    check_offsets(offsets, x_N.shape[0])
+    # index_add would add with atomics on CUDA, in a new order each run.
+    return torch.segment_reduce(x_N, "sum", offsets=offsets.long(), initial=0.0, unsafe=True)
+
+
+def segment_lengths(mask_N: Tensor, offsets: Tensor) -> Tensor:
+    """Number of tokens inside the mask of each sequence, int64 [B]."""
+    check_offsets(offsets, check_mask(mask_N))
+    running = torch.cat([mask_N.new_zeros(1, dtype=torch.int64), mask_N.cumsum(0)])
+    return running[offsets[1:].long()] - running[offsets[:-1].long()]
+
+
+def per_token(x_B: Tensor, offsets: Tensor) -> Tensor:
+    """Give each token the value of its sequence: [B] to [N]. The way from sequence advantages to token advantages."""
+    check_columns("sequence", offsets.shape[0] - 1, x_B=x_B)
+    check_offsets(offsets, int(offsets[-1]))
+    return torch.repeat_interleave(x_B, offsets.diff().long())
+
+
+def token_mean(x_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> Tensor:
+    """Every token counts the same: sum of x over the mask, divided by `num_tokens`.
+
+    Args:
+        x_N: floating [N].
+        mask_N: bool [N].
+        num_tokens: tokens inside the mask in the global batch.
+    """
+    check_columns("token", check_mask(mask_N), x_N=x_N)
+    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
+    return masked(x_N, mask_N).sum() / divisor
+
+
+def sequence_mean(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences: int) -> Tensor:
+    """Every sequence counts the same: mean of x over its own mask, summed over sequences, divided by `num_sequences`.
+
+    A sequence with an empty mask adds 0 and still counts in `num_sequences`.
+
+    Args:
+        x_N: floating [N].
+        mask_N: bool [N].
+        offsets: int64 [B+1]; a sequence must not be cut between micro-batches.
+        num_sequences: sequences in the global batch.
+    """
+    check_columns("token", check_mask(mask_N), x_N=x_N)
+    divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, x_N.shape[0]))
+    lengths_B = segment_lengths(mask_N, offsets).clamp_min(1)
+    return (segment_sum(masked(x_N, mask_N), offsets) / lengths_B).sum() / divisor
+
+
+def sequence_sum(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences: int, length: float = 1.0) -> Tensor:
+    """Sum of x over each sequence's mask divided by the constant `length`, averaged over `num_sequences`.
+
+    With `length` the longest completion allowed, this is the length-unbiased reduction of Dr. GRPO.
+
+    Args:
+        x_N: floating [N].
+        mask_N: bool [N].
+        offsets: int64 [B+1].
+        num_sequences: sequences in the global batch.
+        length: tokens; a constant of the run, never of the batch.
+    """
+    check_columns("token", check_mask(mask_N), x_N=x_N)
+    check_number("length", length, low=1.0)
+    divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, x_N.shape[0]))
+    return masked(x_N, mask_N).sum() / (divisor * length)
