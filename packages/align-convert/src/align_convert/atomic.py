@@ -1,0 +1,116 @@
+"""Directories and files that appear whole or not at all: written beside their place, fsynced, renamed.
+
+Knows nothing about checkpoints but how to recognise one, so that `overwrite` can never remove anything else.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from align_convert.errors import FormatError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def check_destination(path: Path, *, overwrite: bool) -> None:
+    """Refuse a destination that holds something, unless it holds a checkpoint and `overwrite` is given.
+
+    Raises:
+        FormatError: with the remedy.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FormatError(f"{str(path)!r} exists and is not a directory; give another name")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise FormatError(f"{str(path)!r} exists and is not empty; pass --overwrite to replace it")
+    if not _holds_a_checkpoint(path):
+        raise FormatError(f"{str(path)!r} does not look like a checkpoint, so it is not replaced; remove it yourself")
+
+
+def check_apart(source: Path, destination: Path) -> None:
+    """Refuse to write into, over or around the directory that is read."""
+    a, b = source.resolve(), destination.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise FormatError(f"output {str(destination)!r} and input {str(source)!r} overlap; give a separate output")
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Refuse an output larger than the free space of the disk that `path` will be on."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise FormatError(
+            f"{str(path)!r} needs {num_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+            "free some space or give another output"
+        )
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary sibling that takes the place of `path` when the block ends well, and is removed when it does not."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp makes it private; a checkpoint is an ordinary directory
+        yield temporary
+        for folder, _, _ in os.walk(temporary):
+            _sync_directory(Path(folder))
+        _replace_directory(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file open for writing that appears under its name, fsynced, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _replace_directory(new: Path, old: Path) -> None:
+    """Rename `new` to `old`; what was at `old` is moved aside first and removed last."""
+    if not old.exists() or not any(old.iterdir()):
+        new.rename(old)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.replaced-", dir=old.parent)) / old.name
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _holds_a_checkpoint(path: Path) -> bool:
+    weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    return (path / TRACKER).is_file() or ((path / "config.json").is_file() and weights)

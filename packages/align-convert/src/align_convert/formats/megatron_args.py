@@ -1,0 +1,193 @@
+"""Megatron's `args` Namespace <-> our model config and layout.
+
+Written with the spellings of old and new Megatrons side by side, so that each finds the one it reads. Reading back is
+for directories that nobody put a config.json beside; what args cannot tell exactly is an error, not a guess.
+Source: arguments compared and restored by Megatron-LM core_v0.17.0 (check_checkpoint_args, load_args_from_checkpoint).
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping
+
+import torch
+
+from align_convert.config import Head, ModelConfig
+from align_convert.dtypes import dtype_name
+from align_convert.errors import ConfigError, FormatError
+from align_convert.layout import Layout
+
+# Of a Llama model; another value means weights that the family table has no rules for.
+_REQUIRED: Mapping[str, object] = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "rotary_interleaved": False,
+    "rotary_percent": 1.0,
+    "num_experts": None,
+    "expert_model_parallel_size": 1,
+    "apply_layernorm_1p": False,
+}
+
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def args_from_config(config: ModelConfig, layout: Layout, *, dtype: torch.dtype, iteration: int) -> Namespace:
+    """The args of a checkpoint: plain values and a torch.dtype only, so that they load under weights_only."""
+    return Namespace(
+        **_model_args(config),
+        **_layout_args(config, layout),
+        **_REQUIRED,
+        add_position_embedding=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        apply_query_key_layer_scaling=False,
+        squared_relu=False,
+        transformer_impl="local",
+        use_legacy_models=False,
+        ckpt_format="torch",
+        params_dtype=dtype,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        iteration=iteration,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+
+
+def _model_args(config: ModelConfig) -> dict[str, object]:
+    llama3 = _is_llama3_scaling(config.rope_scaling)
+    return {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_size,
+        "num_attention_heads": config.num_heads,
+        "group_query_attention": config.num_kv_heads != config.num_heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "seq_length": config.max_positions,
+        "max_position_embeddings": config.max_positions,
+        "norm_epsilon": config.norm_eps,  # up to core 0.16
+        "layernorm_epsilon": config.norm_eps,  # from core 0.17
+        "use_rotary_position_embeddings": True,  # how core 0.8 and older say position_embedding_type
+        "rotary_base": config.rope_theta,
+        "use_rope_scaling": llama3,
+        "rope_scaling_factor": config.rope_scaling["factor"] if llama3 and config.rope_scaling else 8.0,
+        "untie_embeddings_and_output_weights": not config.tied_embeddings,
+    }
+
+
+def _layout_args(config: ModelConfig, layout: Layout) -> dict[str, object]:
+    chunk = config.num_layers // (layout.pp * layout.vp)
+    return {
+        "vocab_size": config.vocab_size,
+        "padded_vocab_size": layout.padded_vocab(config.vocab_size),
+        "make_vocab_size_divisible_by": layout.vocab_divisor,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": chunk if layout.vp > 1 else None,
+        "context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "world_size": layout.tp * layout.pp,
+    }
+
+
+def config_from_args(args: Namespace, *, head: Head, dtype: torch.dtype) -> ModelConfig:
+    """Rebuild the model's description, in the form of a Hugging Face config, from args alone.
+
+    Raises:
+        ConfigError: args describe another kind of model, or lack something; a config.json beside would settle it.
+    """
+    for key, wanted in _REQUIRED.items():
+        found = getattr(args, key, wanted)
+        if found != wanted:
+            raise ConfigError(f"checkpoint args say {key}={found!r}; only {wanted!r} can be converted yet")
+    hf: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": _need(args, "vocab_size"),
+        "hidden_size": _need(args, "hidden_size"),
+        "intermediate_size": _need(args, "ffn_hidden_size"),
+        "num_hidden_layers": _need(args, "num_layers"),
+        "num_attention_heads": _need(args, "num_attention_heads"),
+        "max_position_embeddings": _need(args, "max_position_embeddings"),
+        "hidden_act": "silu",
+        "rms_norm_eps": _need(args, "norm_epsilon", "layernorm_epsilon"),
+        "rope_theta": float(str(_need(args, "rotary_base"))),
+        "tie_word_embeddings": not _need(args, "untie_embeddings_and_output_weights"),
+        "torch_dtype": dtype_name(dtype),
+    }
+    grouped = getattr(args, "group_query_attention", False)
+    hf["num_key_value_heads"] = _need(args, "num_query_groups") if grouped else hf["num_attention_heads"]
+    if getattr(args, "kv_channels", None) is not None:
+        hf["head_dim"] = args.kv_channels
+    if getattr(args, "use_rope_scaling", False):
+        hf["rope_scaling"] = {"rope_type": "llama3", "factor": float(_need_number(args)), **_LLAMA3_ROPE}
+    return ModelConfig.from_hf(hf).with_head(head)
+
+
+def layout_from_args(args: Namespace, *, vocab_size: int) -> Layout:
+    """The layout that wrote these args, with a vocabulary divisor that explains the padding actually found.
+
+    Raises:
+        FormatError: sizes are missing or contradict each other.
+    """
+    tp, pp = _count(args, "tensor_model_parallel_size"), _count(args, "pipeline_model_parallel_size")
+    virtual = getattr(args, "virtual_pipeline_model_parallel_size", None)
+    vp = 1 if virtual is None else _count(args, "virtual_pipeline_model_parallel_size")
+    padded = getattr(args, "padded_vocab_size", None)
+    divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
+    layout = Layout(tp=tp, pp=pp, vp=vp, vocab_divisor=divisor)
+    if padded is None or layout.padded_vocab(vocab_size) == padded:
+        return layout
+    if not isinstance(padded, int) or padded < vocab_size or padded % tp:
+        raise FormatError(
+            f"checkpoint args say padded_vocab_size={padded!r}; it must be at least {vocab_size} and divisible by {tp}"
+        )
+    return Layout(tp=tp, pp=pp, vp=vp, vocab_divisor=padded // tp)
+
+
+def check_args_match(args: Namespace, config: ModelConfig) -> None:
+    """Refuse a config.json that does not describe the checkpoint beside it.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    for key, value in _model_args(config).items():
+        if key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+            found = getattr(args, key, value)
+            if found != value:
+                raise ConfigError(f"config.json makes {key} {value}, but the checkpoint args say {found!r}")
+
+
+def _is_llama3_scaling(scaling: Mapping[str, object] | None) -> bool:
+    """Whether Megatron's --use-rope-scaling computes the same; its three other numbers are fixed."""
+    if scaling is None or scaling.get("rope_type") != "llama3":
+        return False
+    return all(scaling.get(key) == value for key, value in _LLAMA3_ROPE.items())
+
+
+def _need(args: Namespace, *names: str) -> object:
+    for name in names:
+        value = getattr(args, name, None)
+        if value is not None:
+            return value
+    raise ConfigError(f"checkpoint args have no {' or '.join(map(repr, names))}; put the model's config.json beside it")
+
+
+def _need_number(args: Namespace) -> float:
+    factor = _need(args, "rope_scaling_factor")
+    if isinstance(factor, int | float):
+        return float(factor)
+    raise ConfigError(f"checkpoint args say rope_scaling_factor={factor!r}; it must be a number")
+
+
+def _count(args: Namespace, name: str) -> int:
+    value = getattr(args, name, None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FormatError(f"checkpoint args say {name}={value!r}; it must be a positive integer")
+    return value

@@ -1,0 +1,84 @@
+"""Names of files and folders in a Megatron directory of the `torch` format, and of what is inside them.
+
+    root/latest_checkpointed_iteration.txt           "1" or "release"
+    root/iter_0000001/mp_rank_00[_000]/model_optim_rng.pt
+    root/config.json, tokenizer files ...            ours: what is needed to know the model again
+
+Knows nothing about tensors' contents.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from align_convert.atomic import TRACKER
+from align_convert.errors import FormatError
+from align_convert.layout import Layout
+
+RANK_FILE = "model_optim_rng.pt"
+_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Location:
+    """A Megatron checkpoint: its root, the folder of one iteration, and that iteration (0 for a release)."""
+
+    root: Path
+    folder: Path
+    iteration: int
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """Where the rank folders of an iteration are."""
+    return root / f"iter_{iteration:07d}"
+
+
+def rank_file(folder: Path, layout: Layout, *, tp: int, pp: int) -> Path:
+    """The file of one (tensor, pipeline) rank; the pipeline rank is named only where there are several."""
+    name = f"mp_rank_{tp:02d}" if layout.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+    return folder / name / RANK_FILE
+
+
+def model_keys(layout: Layout) -> list[str]:
+    """Keys of the model chunks in a rank's file."""
+    return ["model"] if layout.vp == 1 else [f"model{chunk}" for chunk in range(layout.vp)]
+
+
+def is_megatron_directory(path: Path) -> bool:
+    """Whether `path` is the root of such a checkpoint or one of its iterations."""
+    return (path / TRACKER).is_file() or bool(rank_folders(path))
+
+
+def locate(path: Path) -> Location:
+    """Find the newest iteration under a root, or the root above an iteration's folder.
+
+    Raises:
+        FormatError: the tracker is unreadable, or what it names is not there.
+    """
+    if rank_folders(path):
+        number = re.fullmatch(r"iter_(\d+)", path.name)
+        root = path.parent if (path.parent / TRACKER).is_file() else path
+        return Location(root=root, folder=path, iteration=int(number.group(1)) if number else 0)
+    text = (path / TRACKER).read_text(encoding="ascii", errors="replace").strip()
+    if text != "release" and not (text.isdigit() and text.isascii()):
+        raise FormatError(f"{str(path / TRACKER)!r} says {text!r}; it must be an iteration number or 'release'")
+    iteration = 0 if text == "release" else int(text)
+    folder = path / "release" if text == "release" else iteration_folder(path, iteration)
+    if not rank_folders(folder):
+        detail = (
+            "is a torch_dist checkpoint, which cannot be read yet"
+            if any(folder.glob("*.distcp"))
+            else ("has no mp_rank_* folders")
+        )
+        raise FormatError(f"{str(path / TRACKER)!r} names {text!r}, but {str(folder)!r} {detail}")
+    return Location(root=path, folder=folder, iteration=iteration)
+
+
+def rank_folders(folder: Path) -> dict[str, tuple[int, int]]:
+    """Folder name -> (tp, pp) of the rank folders there, sorted."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        match = _RANK_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found[path.name] = (int(match.group(1)), int(match.group(2) or 0))
+    return found

@@ -1,0 +1,56 @@
+"""Open a `torch.save` file of unknown origin without executing anything in it.
+
+torch's weights_only unpickler builds tensors and plain data only; Megatron's own classes, which its files mention but
+weights do not need, become inert stand-ins; every other name in the pickle is refused before it is read.
+"""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import torch
+
+from align_convert.errors import FormatError
+
+# Bookkeeping objects of Megatron checkpoints (enums, optimizer and RNG state); a stand-in remembers nothing of them.
+_INERT_MODULES = ("megatron.", "numpy.", "signal.", "transformer_engine.", "types.SimpleNamespace", "pathlib.", "_io.")
+
+# What torch raises on damaged files, depending on which byte is wrong.
+_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
+class Inert:
+    """Stands for an object of a class that is not imported: takes any state and drops it."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Accept and forget."""
+
+    def __setstate__(self, state: object) -> None:
+        """Accept and forget."""
+
+
+def load_pickle(path: Path) -> dict[str, object]:
+    """The dictionary in a `torch.save` file, its tensors mapped from disk rather than read.
+
+    Raises:
+        FormatError: the file is missing, damaged, too old, holds something other than a dictionary, or names code.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        refused = sorted(name for name in unknown if not name.startswith(_INERT_MODULES))
+        if refused:
+            raise FormatError(
+                f"{str(path)!r} is refused: it names {', '.join(map(repr, refused[:4]))}, which is code, not weights"
+            )
+        stand_ins = [(Inert, name) for name in unknown]
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise FormatError(f"{str(path)!r} is missing") from None
+    except _DAMAGE as error:
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
+        raise FormatError(f"{str(path)!r} is not a whole torch.save file: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise FormatError(f"{str(path)!r} holds a {type(loaded).__name__}, not a dictionary")
+    return loaded
