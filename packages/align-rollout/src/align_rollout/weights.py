@@ -1,0 +1,111 @@
+"""The sink through which new weights enter a live vLLM engine.
+
+The old weights answer every request until `commit` returns: `load` only checks bytes and has the workers map them, and
+`commit` reloads the model in place, by vLLM's own layer-wise reload, between two calls of `generate`.
+"""
+
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align_core.contracts import WeightSink
+from align_core.errors import SyncError
+from align_core.types import ParamMeta, WeightChunk, WeightTensor
+from align_rollout.update import PendingUpdate, check_version
+
+_log = logging.getLogger(__name__)
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class VllmWeightSink:
+    """Checks weights, hands them to the engine's workers and counts versions.
+
+    Bytes given by reference (`WeightTensor.data`) must stay as they are until `commit`; a file may be deleted as soon
+    as the `load` that named it has returned.
+    """
+
+    def __init__(self, *, llm: Any, expected: Sequence[ParamMeta], in_process: bool) -> None:
+        """A sink for `llm`, a started vllm.LLM.
+
+        Args:
+            expected: names and shapes of the model's weights.
+            in_process: the worker lives in this process, so that arrays need no file to reach it.
+        """
+        self.version = 0
+        self.broken = ""
+        """Why the engine must not answer any more; empty while it may."""
+        self._llm = llm
+        self._expected = tuple(expected)
+        self._in_process = in_process
+        self._pending: PendingUpdate | None = None
+
+    def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
+        """Announces `version`; an unfinished update before it is dropped."""
+        self._pending = None
+        self.check_usable()
+        self._llm.collective_rpc("align_discard")
+        check_version(version=version, current=self.version)
+        self._pending = PendingUpdate(expected=self._expected, announced=metadata, version=version)
+
+    def load(self, chunk: WeightChunk) -> None:
+        """Checks the bytes of `chunk` and has every worker map them."""
+        pending = self._announced()
+        for weight in chunk:
+            pending.accept(weight)
+        with self._reachable(chunk) as reachable:
+            self._llm.collective_rpc("align_stage", args=(reachable,))
+
+    def commit(self) -> None:
+        """Reloads the model from what was loaded, drops the prefix cache of the old weights, sets the version."""
+        pending = self._announced()
+        pending.check_complete()
+        self._pending = None
+        started = time.perf_counter()
+        self.broken = f"its update to version {pending.version} was interrupted; start a new engine"
+        self._llm.collective_rpc("align_commit")
+        if not self._llm.reset_prefix_cache():
+            raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
+        self.version = pending.version
+        self.broken = ""
+        _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
+
+    def check_usable(self) -> None:
+        """Raises SyncError if the engine is closed, or if an update ended half-way and left it with mixed weights."""
+        if self.broken:
+            raise SyncError(f"the engine cannot be used: {self.broken}")
+
+    def close(self) -> None:
+        """Lets go of the engine; nothing can be loaded after it."""
+        self._pending = None
+        self._llm = None
+        self.broken = "it is closed; start another"
+
+    def _announced(self) -> PendingUpdate:
+        if self._pending is None:
+            raise SyncError("no weight update is under way; call begin first")
+        return self._pending
+
+    @contextmanager
+    def _reachable(self, chunk: WeightChunk) -> Iterator[list[WeightTensor]]:
+        """The weights of `chunk` in a form that the workers can map: in a file, if they live in other processes."""
+        if self._in_process or all(weight.data is None for weight in chunk):
+            yield list(chunk)
+            return
+        folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
+        with tempfile.NamedTemporaryFile(prefix="align-weights-", dir=folder) as file:
+            moved = []
+            for weight in chunk:
+                moved.append(dataclasses.replace(weight, data=None, file=Path(file.name), offset=file.tell()))
+                file.write(np.ascontiguousarray(weight.bytes()).data)
+            file.flush()
+            yield moved
+
+
+_conforms: type[WeightSink] = VllmWeightSink
