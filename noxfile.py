@@ -93,7 +93,7 @@ def typecheck(session: nox.Session) -> None:
 @nox.session(requires=["environment"], venv_backend="none")
 def imports(session: nox.Session) -> None:
     """Check the import directions, then build each wheel and import it alone (session `wheel`)."""
-    _run(session, "lint-imports", "--no-timeline")
+    _run(session, "lint-imports", "--no-cache")
     WHEELS.mkdir(parents=True, exist_ok=True)
     for old in WHEELS.glob("*.whl"):
         old.unlink()
