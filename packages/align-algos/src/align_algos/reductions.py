@@ -29,21 +29,21 @@ def segment_sum(x_N: Tensor, offsets: Tensor) -> Tensor:
     """Sum of each sequence, [B]; 0 for a sequence without tokens. The order of addition is fixed on every device."""
     check_offsets(offsets, x_N.shape[0])
     # index_add would add with atomics on CUDA, in a new order each run.
-    return torch.segment_reduce(x_N, "sum", offsets=offsets.long(), initial=0.0, unsafe=True)
+    return torch.segment_reduce(x_N, "sum", offsets=offsets.to(x_N.device, torch.int64), initial=0.0, unsafe=True)
 
 
 def segment_lengths(mask_N: Tensor, offsets: Tensor) -> Tensor:
     """Number of tokens inside the mask of each sequence, int64 [B]."""
     check_offsets(offsets, check_mask(mask_N))
     running = torch.cat([mask_N.new_zeros(1, dtype=torch.int64), mask_N.cumsum(0)])
-    return running[offsets[1:].long()] - running[offsets[:-1].long()]
+    return running[offsets.to(mask_N.device, torch.int64)].diff()
 
 
 def per_token(x_B: Tensor, offsets: Tensor) -> Tensor:
     """Give each token the value of its sequence: [B] to [N]. The way from sequence advantages to token advantages."""
     check_columns("sequence", offsets.shape[0] - 1, x_B=x_B)
     check_offsets(offsets, int(offsets[-1]))
-    return torch.repeat_interleave(x_B, offsets.diff().long())
+    return torch.repeat_interleave(x_B, offsets.diff().to(x_B.device, torch.int64))
 
 
 def token_mean(x_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> Tensor:

@@ -1,0 +1,50 @@
+"""One rank of the test that splits the vocabulary over two processes. Not a test file; started by test_logprobs.py."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+
+from align_algos import InputError, token_entropy, token_logprobs
+
+RANKS = 2
+COLUMNS = 6  # on each rank
+
+
+def compare(rank: int, vocab_size: int | None, temperature: float, dtype: torch.dtype) -> None:
+    """Value and gradient of this rank's slice equal those of the whole vocabulary."""
+    random = torch.Generator().manual_seed(0)
+    whole = (20 * torch.randn(7, RANKS * COLUMNS, generator=random)).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab_size or RANKS * COLUMNS, (7,), generator=random)
+    weights = torch.randn(7, generator=random)
+    columns = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
+    own = whole.detach()[:, columns].clone().requires_grad_()
+    shared = {"vocab_size": vocab_size, "temperature": temperature}
+    group = dist.group.WORLD
+    for expected, result in (
+        (token_logprobs(whole, targets, **shared), token_logprobs(own, targets, tp_group=group, **shared)),
+        (token_entropy(whole, **shared), token_entropy(own, tp_group=group, **shared)),
+    ):
+        assert_close(result, expected, rtol=1e-6, atol=1e-6)
+        (expected_gradient,) = torch.autograd.grad(expected @ weights.to(expected.dtype), whole)
+        (gradient,) = torch.autograd.grad(result @ weights.to(result.dtype), own)
+        assert_close(gradient, expected_gradient[:, columns], rtol=1e-6, atol=1e-6)
+
+
+def main(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    compare(rank, None, 1.0, torch.float32)
+    compare(rank, 10, 0.7, torch.float32)  # two columns of padding on the last rank
+    compare(rank, 5, 1.0, torch.float64)  # the last rank holds only padding
+    compare(rank, 10, 1.0, torch.bfloat16)
+    try:
+        token_logprobs(torch.zeros(1, COLUMNS), torch.tensor([12]), tp_group=dist.group.WORLD)
+    except InputError as error:
+        assert "targets_N holds 12 to 12; expected 0 to 11" in str(error)
+    else:
+        raise AssertionError("a target outside the whole vocabulary was accepted")
+    dist.destroy_process_group()
