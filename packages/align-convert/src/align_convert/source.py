@@ -23,6 +23,10 @@ class Source(Protocol):
     def config(self) -> ModelConfig:
         """The model's description."""
 
+    @property
+    def root(self) -> Path:
+        """The directory with the files that travel with the weights."""
+
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every tensor, by Hugging Face name."""
 

@@ -32,11 +32,11 @@ class HfReader:
             ConfigError: config.json is missing or unsupported.
             FormatError: a weight file is missing, damaged, or not what the index says.
         """
-        self.directory = Path(directory)
-        self.config = ModelConfig.from_hf(self.directory)
-        self._file_of: dict[str, str] = _read_index(self.directory)
+        self.root = Path(directory)
+        self.config = ModelConfig.from_hf(self.root)
+        self._file_of: dict[str, str] = _read_index(self.root)
         files = sorted(set(self._file_of.values())) or [_SINGLE]
-        self._handles = {file: _open(self.directory / file) for file in files}
+        self._handles = {file: _open(self.root / file) for file in files}
         if self._file_of:
             self._check_index()
         else:
@@ -47,7 +47,7 @@ class HfReader:
         result = {}
         for name in self._file_of:
             view = self._slice(name)
-            where = f"tensor {name!r} in {str(self.directory / self._file_of[name])!r}"
+            where = f"tensor {name!r} in {str(self.root / self._file_of[name])!r}"
             result[name] = (tuple(view.get_shape()), from_safetensors_name(view.get_dtype(), where=where))
         return result
 
@@ -65,7 +65,7 @@ class HfReader:
         try:
             value: torch.Tensor = view[slices(index)]
         except SafetensorError as error:
-            where = str(self.directory / self._file_of[name])
+            where = str(self.root / self._file_of[name])
             raise FormatError(f"tensor {name!r} in {where!r} cannot be read: {error}") from error
         return value
 
@@ -84,13 +84,15 @@ class HfReader:
             hint = (
                 "; if the embedding is the head, set tie_word_embeddings to true" if "lm_head.weight" in missing else ""
             )
-            raise PlanError(f"{_counted(missing)} missing in {str(self.directory)!r}: {_quoted(missing)}{hint}")
+            verb = "is" if len(missing) == 1 else "are"
+            raise PlanError(f"{_counted(missing)} {verb} missing in {str(self.root)!r}: {_quoted(missing)}{hint}")
         derived = [re.compile(pattern) for pattern in self.config.table.derived]
         extra = [name for name in found if name not in wanted and not any(p.fullmatch(name) for p in derived)]
         extra = [name for name in extra if not self._is_tied_alias(name)]
         if extra:
             file = f"align_convert/families/{self.config.family}.py"
-            raise PlanError(f"{_counted(extra)} of the checkpoint without a rule: {_quoted(extra)} (add one in {file})")
+            verb = "has" if len(extra) == 1 else "have"
+            raise PlanError(f"{_counted(extra)} of the checkpoint {verb} no rule: {_quoted(extra)} (add one in {file})")
         for name, shape in wanted.items():
             if found[name][0] != shape:
                 raise PlanError(f"tensor {name!r} has shape {found[name][0]}; config.json makes it {shape}")
@@ -102,7 +104,7 @@ class HfReader:
             return False
         if not torch.equal(self.read(alias[0]), self.read(alias[1])):
             raise PlanError(
-                f"config.json ties {alias[0]!r} to {alias[1]!r}, but the two differ in {str(self.directory)!r}; "
+                f"config.json ties {alias[0]!r} to {alias[1]!r}, but the two differ in {str(self.root)!r}; "
                 "set tie_word_embeddings to false to keep both"
             )
         return True
@@ -110,7 +112,7 @@ class HfReader:
     def _slice(self, name: str) -> Any:
         file = self._file_of.get(name)
         if file is None:
-            raise FormatError(f"{str(self.directory)!r} has no tensor {name!r}")
+            raise FormatError(f"{str(self.root)!r} has no tensor {name!r}")
         return self._handles[file].get_slice(name)
 
     def _check_index(self) -> None:
@@ -121,7 +123,7 @@ class HfReader:
             if stored != listed:
                 odd = sorted(stored ^ listed)
                 raise FormatError(
-                    f"{str(self.directory / _INDEX)!r} and {file!r} disagree about {_counted(odd)}: {_quoted(odd)}"
+                    f"{str(self.root / _INDEX)!r} and {file!r} disagree about {_counted(odd)}: {_quoted(odd)}"
                 )
 
 

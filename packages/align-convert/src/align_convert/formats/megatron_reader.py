@@ -47,12 +47,13 @@ class MegatronReader:
         """
         self.directory = Path(directory)
         self.location: Location = locate(self.directory)
+        self.root = self.location.root
         self._files: dict[tuple[int, int], dict[str, object]] = {}
         self._chunks: dict[Rank, dict[str, torch.Tensor]] = {}
         args = self._first_args()
-        described = (self.location.root / "config.json").is_file()
+        described = (self.root / "config.json").is_file()
         if described:
-            self.config = ModelConfig.from_hf(self.location.root)
+            self.config = ModelConfig.from_hf(self.root)
             check_args_match(args, self.config)
             self.layout = layout_from_args(args, vocab_size=self.config.vocab_size)
         else:

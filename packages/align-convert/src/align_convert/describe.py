@@ -1,0 +1,60 @@
+"""What a checkpoint directory holds, as plain data: for `align-convert inspect`, on screen or as JSON."""
+
+from dataclasses import asdict
+from math import prod
+from typing import TypedDict
+
+from align_convert.dtypes import dtype_name
+from align_convert.formats.megatron_reader import MegatronReader
+from align_convert.source import Source
+
+
+class TensorDescription(TypedDict):
+    """One Hugging Face tensor."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    bytes: int
+
+
+class Description(TypedDict):
+    """One directory, in types that JSON knows."""
+
+    directory: str
+    format: str
+    layout: dict[str, object]
+    """Empty for Hugging Face directories."""
+    model: dict[str, object]
+    parameters: int
+    bytes: int
+    tensors: list[TensorDescription]
+
+
+def describe(source: Source) -> Description:
+    """Format, layout, model settings and tensors of a source."""
+    tensors = [
+        TensorDescription(name=name, shape=list(shape), dtype=dtype_name(dtype), bytes=prod(shape) * dtype.itemsize)
+        for name, (shape, dtype) in source.tensors().items()
+    ]
+    model = {key: value for key, value in asdict(source.config).items() if key != "hf"}
+    is_megatron = isinstance(source, MegatronReader)
+    return Description(
+        directory=str(source.root),
+        format="megatron torch" if is_megatron else "huggingface",
+        layout=_layout(source) if isinstance(source, MegatronReader) else {},
+        model=model,
+        parameters=sum(prod(tensor["shape"]) for tensor in tensors),
+        bytes=sum(tensor["bytes"] for tensor in tensors),
+        tensors=tensors,
+    )
+
+
+def weight_bytes(source: Source) -> int:
+    """Bytes of all Hugging Face tensors as stored."""
+    return sum(prod(shape) * dtype.itemsize for shape, dtype in source.tensors().values())
+
+
+def _layout(source: MegatronReader) -> dict[str, object]:
+    padded = source.layout.padded_vocab(source.config.vocab_size)
+    return asdict(source.layout) | {"padded_vocab": padded, "iteration": source.location.iteration}
