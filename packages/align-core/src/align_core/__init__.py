@@ -1,3 +1,3 @@
-"""Contracts, configuration, stages and the `align` command. Importing it needs neither torch, ray, vllm nor megatron."""
+"""Contracts, configuration, stages and the `align` command. Importing it needs no torch, ray, vllm or megatron."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
-"""Every setting of every stage: one tree of frozen dataclasses, each field documented with its unit and default's reason.
+"""Every setting of every stage: one tree of frozen dataclasses, each field documented with unit and reason of the default.
 
-Values are checked where they are made (`__post_init__`); reading YAML files and command lines is `align_core.cli`'s work.
-`tutorial's` below means the Llama tutorial whose road this project follows; see docs for its tables.
+Values are checked where they are made (`__post_init__`); reading YAML files and command lines is `align_core.cli`'s
+work. "The tutorial" below is the Llama tutorial whose road this project follows. No slots: the argument parser reads
+`__dict__`.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ def _between(owner: object, name: str, low: float, high: float) -> None:
         raise ConfigError(f"{name} must lie between {low} and {high}, got {value}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How a model is spread over processes: tensor x pipeline x data of them."""
 
@@ -53,7 +54,7 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.data
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule. Defaults are the tutorial's SFT settings."""
 
@@ -85,7 +86,7 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a trainer computes: precision, micro-batches, device."""
 
@@ -100,7 +101,7 @@ class TrainingConfig:
         _positive(self, "micro_batch_tokens")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How completions are sampled."""
 
@@ -111,7 +112,7 @@ class SamplingConfig:
     temperature: float = 1.0
     """0 is greedy. Training assumes 1: then the engine's log-probs are those of the trained distribution."""
     top_p: float = 1.0
-    """Nucleus size. The tutorial's 0.9 biases the policy gradient (sampled and trained distributions differ), hence 1."""
+    """Nucleus size. The tutorial's 0.9 makes sampled and trained distributions differ, which biases training: hence 1."""
     seed: int = 0
     """Completion j of prompt i is reproducible from (seed, i, j)."""
 
@@ -126,7 +127,7 @@ class SamplingConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The rollout engine: which, and how much it may take."""
 
@@ -154,7 +155,7 @@ class EngineConfig:
         _between(self, "memory_fraction", 0.01, 0.99)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Where the processes run."""
 
@@ -164,17 +165,17 @@ class ClusterConfig:
     """No Ray: trainer and engine live in the calling process (one rank only); for notebooks and debugging."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SftLoss:
     """Cross-entropy on the response tokens, averaged over all of them in the batch."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardLoss:
     """Bradley-Terry over all ordered pairs of a prompt's responses."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class DpoLoss:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
@@ -188,7 +189,7 @@ class DpoLoss:
         _between(self, "label_smoothing", 0.0, 0.5)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class GrpoLoss:
     """Clipped policy gradient with group-normalised advantages and a KL term (Shao et al. 2024)."""
 
@@ -197,7 +198,9 @@ class GrpoLoss:
     clip_high: float = 0.2
     """Ratios above 1 + clip_high stop pulling."""
     kl_coef: float = 0.0
-    """Weight of the k3 KL to the reference in the loss; the tutorial's is 0.1, recent practice for verifiable rewards 0."""
+    """Weight of the k3 KL to the reference in the loss; the tutorial's is 0.1, practice with verifiable rewards 0."""
+    normalise_std: bool = True
+    """Divide advantages by the group's standard deviation (GRPO); off is the Dr. GRPO form."""
 
     def __post_init__(self) -> None:
         _positive(self, "clip_low", "clip_high")
@@ -208,7 +211,7 @@ class GrpoLoss:
 LossConfig = SftLoss | RewardLoss | DpoLoss | GrpoLoss
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """What every training stage needs."""
 
@@ -223,9 +226,9 @@ class StageConfig:
     batch_size: int = 64
     """Records an update, over all data-parallel copies: sequences, pairs, or prompts."""
     max_length: int = 2048
-    """Longest sequence, tokens; longer prompts are cut from the left of their content, longer responses from the right."""
+    """Longest sequence, tokens; longer prompts are cut at the left of their content, longer responses at the right."""
     template: str = "auto"
-    """Prompt template: `human-assistant`, `chat` (the tokenizer's), `plain`, or `auto`: chat where the tokenizer has one."""
+    """Prompt template: `human-assistant`, `chat` (the tokenizer's), `plain`; `auto` takes chat where there is one."""
     seed: int = 0
     """Orders the data and seeds every generator."""
     save_every: int = 100
@@ -243,11 +246,54 @@ class StageConfig:
         _positive(self, "steps", "batch_size", "max_length", "save_every")
         if self.cluster.in_process and self.parallel.world_size > 1:
             raise ConfigError(
-                f"cluster.in_process runs one rank, but parallel asks for {self.parallel.world_size}; leave it off to use Ray"
+                f"cluster.in_process runs one rank, parallel asks for {self.parallel.world_size}; leave it off to use Ray"
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """One model of a stage, as its worker processes need to know it. Stages make it; users do not write it."""
+
+    model: Path
+    """Checkpoint directory to load."""
+    head: Literal["lm", "score"] = "lm"
+    """Language model, or one scalar a sequence. A language model loaded for `score` gets a fresh zero head."""
+    trainable: bool = True
+    """False for frozen models: no optimizer, no gradients."""
+    steps: int = 1
+    """Updates of the stage, for the learning-rate schedule."""
+    seed: int = 0
+    """Seeds the rank's generators."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes of the model."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Unused when frozen."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Precision and micro-batches."""
+
+    @staticmethod
+    def of_stage(
+        config: StageConfig,
+        *,
+        model: Path | None = None,
+        head: Literal["lm", "score"] = "lm",
+        trainable: bool = True,
+        parallel: ParallelConfig | None = None,
+    ) -> "TrainerConfig":
+        """The stage's own model, or another one that is trained or frozen beside it."""
+        return TrainerConfig(
+            model=model or config.model,
+            head=head,
+            trainable=trainable,
+            steps=config.steps,
+            seed=config.seed,
+            parallel=parallel or config.parallel,
+            optimizer=config.optimizer,
+            training=config.training,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftConfig(StageConfig):
     """`align sft`: supervised fine-tuning on prompt and response."""
 
@@ -255,7 +301,7 @@ class SftConfig(StageConfig):
     """Nothing to set."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig(StageConfig):
     """`align reward`: a scalar head that ranks responses."""
 
@@ -265,7 +311,7 @@ class RewardConfig(StageConfig):
     """Held-out file; its accuracy is measured at the end."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class DpoConfig(StageConfig):
     """`align dpo`: preference optimisation without sampling."""
 
@@ -273,7 +319,7 @@ class DpoConfig(StageConfig):
     """Beta and label smoothing."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class GrpoConfig(StageConfig):
     """`align grpo`: group-relative policy optimisation with a verifiable reward or a reward model."""
 
@@ -285,8 +331,6 @@ class GrpoConfig(StageConfig):
     """Processes of the reward model."""
     loss: GrpoLoss = field(default_factory=GrpoLoss)
     """Clipping and KL."""
-    normalise_std: bool = True
-    """Divide advantages by the group's standard deviation (GRPO); off is the Dr. GRPO form."""
     updates_per_rollout: int = 1
     """Optimizer updates on each batch of completions; with 1 the ratio is exactly 1 and nothing is clipped."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8))
@@ -297,8 +341,7 @@ class GrpoConfig(StageConfig):
     """Largest mean |log-prob difference| between engine and trainer on the same tokens, nats, before the run stops."""
 
     def __post_init__(self) -> None:
-        # slots=True makes a new class, so zero-argument super() would look up the wrong one.
-        StageConfig.__post_init__(self)
+        super().__post_init__()
         _positive(self, "updates_per_rollout", "canary_threshold")
         if self.reward == "model" and self.reward_model is None:
             raise ConfigError("reward 'model' needs the directory of a reward model; give --reward_model DIR")

@@ -22,7 +22,7 @@ class WeightSource(Protocol):
         ...
 
     def iterate(self) -> Iterator[WeightTensor]:
-        """The weights, one at a time; a weight's bytes stay valid until the iterator is closed or exhausted."""
+        """The weights, one at a time; their bytes stay valid as long as this source lives."""
         ...
 
 
@@ -67,11 +67,11 @@ class Trainer(Protocol):
     """A model that is scored and updated; holds the optimizer, knows nothing of stages."""
 
     def logprobs(self, batch: Batch) -> NDArray[np.float32]:
-        """float32 [N], log-prob of each token given those before it in its sequence (0 for the first), at temperature 1."""
+        """float32 [N], log-prob of each token given those before it in its sequence; 0 for the first of a sequence."""
         ...
 
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
-        """One optimizer update on the whole batch, whatever the micro-batches; returns `loss`, `grad_norm`, `lr`, ..."""
+        """One optimizer update on the whole batch, however it is cut; returns `loss`, `grad_norm`, `lr` and the like."""
         ...
 
     def weights(self) -> WeightSource:
@@ -79,7 +79,7 @@ class Trainer(Protocol):
         ...
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
-        """Writes all that is needed to continue, atomically: weights, optimizer, scheduler, random state and `state`."""
+        """Writes all that is needed to continue, atomically: weights, optimizer, schedule, random state and `state`."""
         ...
 
     def load(self, path: Path) -> Mapping[str, str]:

@@ -1,4 +1,4 @@
-"""The errors that users meet. Each one is picklable, so that it survives the trip from a worker process to the driver."""
+"""The errors that users meet. Each one is picklable, so that it survives the trip from a worker to the driver."""
 
 import difflib
 from collections.abc import Iterable

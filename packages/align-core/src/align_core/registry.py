@@ -33,7 +33,7 @@ def names(group: Group) -> list[str]:
 
 
 def load(group: Group, name: str) -> object:
-    """The object registered as `name`; raises ConfigError with the nearest name, or the pip line of the package that has it."""
+    """The object registered as `name`; raises ConfigError with the nearest name, or the pip line that brings it."""
     for point in entry_points(group=group):
         if point.name == name:
             return point.load()

@@ -1,0 +1,135 @@
+"""The `align` command: the stages, the tutorial, data preparation, and the commands that other packages bring."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from align_core import __version__, registry
+from align_core.config import DpoConfig, GrpoConfig, RewardConfig, SftConfig, StageConfig
+from align_core.contracts import Command
+from align_core.errors import AlignError, missing_dependency, unknown_name
+
+_HELP = {
+    "sft": "supervised fine-tuning on prompts and responses",
+    "reward": "reward model from ranked responses",
+    "dpo": "preference optimisation without sampling",
+    "grpo": "policy optimisation with a verifiable reward or a reward model",
+    "data": "write the stages' files from public data sets",
+    "tutorial": "the whole road on a model made on the spot, ending in a report",
+    "doctor": "what this machine can run, and why not",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `align WORDS`; returns the exit status: 0 fine, 2 an error the user can act on, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    try:
+        return _run(words)
+    except AlignError as error:
+        console.print(f"align: error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("align: interrupted; run the same command again to continue", markup=False)
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        _print_help()
+        return 0
+    if words[0] == "--version":
+        Console().print(f"align-core {__version__}", markup=False)
+        return 0
+    name, rest = words[0], words[1:]
+    if name in _COMMANDS:
+        return _COMMANDS[name](rest)
+    known = [*_COMMANDS, *registry.names("align.commands")]
+    if name not in registry.names("align.commands"):
+        raise AlignError(unknown_name("command", name, known))
+    return cast("Command", registry.load("align.commands", name))(rest)
+
+
+def _stage(name: str) -> Callable[[list[str]], int]:
+    def run(words: list[str]) -> int:
+        from align_core import settings  # noqa: PLC0415  (the argument parser is slow to import)
+        from align_core.stages.dpo import run_dpo  # noqa: PLC0415
+        from align_core.stages.grpo import run_grpo  # noqa: PLC0415
+        from align_core.stages.reward import run_reward  # noqa: PLC0415
+        from align_core.stages.sft import run_sft  # noqa: PLC0415
+        from align_core.stages.world import World  # noqa: PLC0415
+
+        stages: dict[str, tuple[type[StageConfig], Callable[..., None]]] = {
+            "sft": (SftConfig, run_sft),
+            "reward": (RewardConfig, run_reward),
+            "dpo": (DpoConfig, run_dpo),
+            "grpo": (GrpoConfig, run_grpo),
+        }
+        config_type, stage = stages[name]
+        config = settings.parse(config_type, words, stage=name)
+        world: World = _world(config)
+        try:
+            stage(config, world)
+        finally:
+            world.close()
+        Console(stderr=True).print(f"done: {config.out / 'model'}", markup=False, soft_wrap=True)
+        return 0
+
+    return run
+
+
+def _world(config: StageConfig):  # type: ignore[no-untyped-def]
+    if config.cluster.in_process:
+        from align_core.stages.local import LocalWorld  # noqa: PLC0415
+
+        return LocalWorld()
+    try:
+        from align_core.ray.world import RayWorld  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise missing_dependency("ray", "align-core[ray]", needed_for="running over several processes") from error
+    return RayWorld(config.cluster)
+
+
+def _tutorial(words: list[str]) -> int:
+    from align_core.tutorial.command import main as tutorial  # noqa: PLC0415
+
+    return tutorial(words)
+
+
+def _data(words: list[str]) -> int:
+    from align_core.data.prepare import main as prepare  # noqa: PLC0415
+
+    return prepare(words)
+
+
+def _doctor(words: list[str]) -> int:
+    from align_core.doctor import main as doctor  # noqa: PLC0415
+
+    return doctor(words)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    **{name: _stage(name) for name in ("sft", "reward", "dpo", "grpo")},
+    "data": _data,
+    "tutorial": _tutorial,
+    "doctor": _doctor,
+}
+
+
+def _print_help() -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, text in _HELP.items():
+        table.add_row(name, text)
+    for name in registry.names("align.commands"):
+        table.add_row(name, "from an installed package; see its --help")
+    console = Console()
+    console.print("usage: align COMMAND [options]      align COMMAND --help for its options\n", markup=False)
+    console.print(table)

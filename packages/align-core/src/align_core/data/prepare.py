@@ -1,0 +1,124 @@
+"""`align data prepare`: the stages' files from public originals that the user has downloaded."""
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from align_core.atomic import new_directory
+from align_core.errors import DataError
+
+Row = dict[str, str]
+
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes, which people do not write
+_FINAL = re.compile(r"####\s*(-?[\d,]+)\s*\Z")
+
+
+def main(words: Sequence[str]) -> int:
+    """`align data prepare {gsm8k,hh} --source FILE --out DIR`."""
+    parser = argparse.ArgumentParser(prog="align data", description=__doc__)
+    parser.add_argument("action", choices=["prepare"])
+    parser.add_argument("dataset", choices=sorted(_DATASETS))
+    parser.add_argument("--source", type=Path, required=True, help="the original file (JSON lines, .gz is fine)")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; replaced if it exists")
+    parser.add_argument("--held_out", type=int, default=200, help="records kept for testing (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="which records are held out (default 0)")
+    options = parser.parse_args(list(words))
+    prepare(options.dataset, options.source, options.out, held_out=options.held_out, seed=options.seed)
+    return 0
+
+
+def prepare(dataset: str, source: Path, out: Path, *, held_out: int, seed: int) -> None:
+    """Writes OUT/{sft,preferences,prompts,test,test_preferences}.jsonl, all or nothing.
+
+    Raises:
+        DataError: the source is missing, a record is not what the data set has, or too few are there to hold some out.
+    """
+    rows = list(_read(source))
+    if not 0 < held_out < len(rows):
+        raise DataError(f"{source} has {len(rows)} records; held_out must lie between 1 and one less, got {held_out}")
+    rng = random.Random(seed)
+    rng.shuffle(rows)
+    files = _DATASETS[dataset](rows[held_out:], rows[:held_out], rng)
+    with new_directory(out) as directory:
+        for name, records in files.items():
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _gsm8k(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Mapping[str, Iterable[Row]]:
+    """Questions with worked solutions; preferences set a right solution against one with a spoilt result."""
+    return {
+        "sft": [{"prompt": r["question"], "response": _solution(r)} for r in train],
+        "preferences": [_spoilt_pair(r, rng) for r in train],
+        "prompts": [{"prompt": r["question"], "answer": r["answer"]} for r in train],
+        "test": [{"prompt": r["question"], "answer": r["answer"]} for r in test],
+        "test_preferences": [_spoilt_pair(r, rng) for r in test],
+    }
+
+
+def _hh(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Mapping[str, Iterable[Row]]:
+    """Dialogues in the Human/Assistant template; the last assistant's turn is the response."""
+    del rng  # nothing is drawn here
+    train_pairs, test_pairs = [_dialogue_pair(r) for r in train], [_dialogue_pair(r) for r in test]
+    return {
+        "sft": [{"prompt": r["prompt"], "response": r["chosen"]} for r in train_pairs],
+        "preferences": train_pairs,
+        "prompts": [{"prompt": r["prompt"]} for r in train_pairs],
+        "test": [{"prompt": r["prompt"]} for r in test_pairs],
+        "test_preferences": test_pairs,
+    }
+
+
+def _solution(row: Row) -> str:
+    if "question" not in row or not _FINAL.search(row.get("answer", "")):
+        raise DataError(f"not a GSM8K record: {row!r}; expected 'question' and an 'answer' that ends in '#### NUMBER'")
+    return _CALCULATION.sub("", row["answer"])
+
+
+def _spoilt_pair(row: Row, rng: random.Random) -> Row:
+    solution = _solution(row)
+    match = _FINAL.search(solution)
+    if match is None:
+        raise DataError(f"no '#### NUMBER' at the end of {solution!r}")
+    result = int(match.group(1).replace(",", ""))
+    wrong = result + rng.choice((-1, 1)) * rng.randint(1, max(2, abs(result) // 4))
+    return {"prompt": row["question"], "chosen": solution, "rejected": f"{solution[: match.start()]}#### {wrong}"}
+
+
+def _dialogue_pair(row: Row) -> Row:
+    tag = "\n\nAssistant:"
+    chosen, rejected = row.get("chosen", ""), row.get("rejected", "")
+    prompt, found, answer = chosen.rpartition(tag)
+    other = rejected.rpartition(tag)[2]
+    if not found or not answer.strip() or not other.strip():
+        raise DataError(f"not an HH record: {row!r}; expected 'chosen' and 'rejected' dialogues that end in an answer")
+    return {"prompt": prompt + tag, "chosen": answer, "rejected": other}
+
+
+def _read(source: Path) -> Iterator[Row]:
+    if not source.is_file():
+        raise DataError(f"source file {str(source)!r} does not exist")
+    with _open(source) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{source}, line {number}: {error}") from error
+            if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
+                raise DataError(f"{source}, line {number}: expected an object of texts")
+            yield row
+
+
+def _open(source: Path) -> TextIO:
+    return gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else source.open(encoding="utf-8")
+
+
+_DATASETS: Mapping[str, Callable[[Sequence[Row], Sequence[Row], random.Random], Mapping[str, Iterable[Row]]]] = {
+    "gsm8k": _gsm8k,
+    "hh": _hh,
+}

@@ -1,0 +1,83 @@
+"""The recipe `smollm2`: SmolLM2-135M-Instruct, small steps that two CPU cores manage; raise them on a GPU.
+
+Nine attention heads and three key/value heads allow tensor parallel 1 or 3, never 2.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from align_core.config import (
+    DpoConfig,
+    EngineConfig,
+    GrpoConfig,
+    OptimizerConfig,
+    RewardConfig,
+    SamplingConfig,
+    SftConfig,
+    StageConfig,
+)
+
+_CONTEXT = 512
+
+
+def sft(model: Path, data: Path, out: Path) -> SftConfig:
+    """Worked solutions; a low learning rate, because the model has been instructed already."""
+    return SftConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=4,
+        max_length=_CONTEXT,
+        optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup_steps=2),
+    )
+
+
+def reward(model: Path, data: Path, out: Path) -> RewardConfig:
+    """Right solutions against the same with a spoilt result."""
+    return RewardConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=4,
+        max_length=_CONTEXT,
+        optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup_steps=2),
+    )
+
+
+def grpo(model: Path, data: Path, out: Path) -> GrpoConfig:
+    """Few prompts a step, groups of four, short answers: what a laptop manages in about a minute a step."""
+    return GrpoConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=4,
+        max_length=_CONTEXT,
+        save_every=5,
+        optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
+        sampling=SamplingConfig(n=4, max_tokens=128),
+        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+    )
+
+
+def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
+    """Right solutions against spoilt ones."""
+    return DpoConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=4,
+        max_length=_CONTEXT,
+        optimizer=OptimizerConfig(lr=1e-6, schedule="cosine", warmup_steps=2),
+    )
+
+
+STAGES: Mapping[str, Callable[[Path, Path, Path], StageConfig]] = {
+    "sft": sft,
+    "reward": reward,
+    "grpo": grpo,
+    "dpo": dpo,
+}

@@ -1,0 +1,152 @@
+"""The output directory of one stage: where it resumes, what it logs, when it saves, how it ends.
+
+OUT/config.yaml             the settings, resolved
+OUT/metrics.jsonl           one line a step
+OUT/checkpoints/step_N/     all that is needed to continue; the newest complete one counts
+OUT/model/                  the trained model as a Megatron checkpoint
+OUT/result.json             written last: the stage is finished
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from align_core.atomic import write_json, write_text
+from align_core.config import StageConfig
+from align_core.errors import ConfigError
+from align_core.stages.world import Model
+
+logger = logging.getLogger(__name__)
+
+# Settings that may change between a run and its continuation: they change speed and place, not results.
+_FREE = {"out", "parallel", "cluster", "save_every", "training", "reward_model_parallel", "engine"}
+
+
+class Run:
+    """One stage's run in its directory."""
+
+    def __init__(self, config: StageConfig) -> None:
+        """Opens the directory; raises ConfigError when it holds a run with other settings."""
+        self.config = config
+        self.out = config.out
+        self._metrics = self.out / "metrics.jsonl"
+        self._check_settings()
+
+    @property
+    def finished(self) -> bool:
+        """True when the stage has ended before."""
+        return (self.out / "result.json").exists()
+
+    def steps(self, model: Model) -> Iterator[int]:
+        """The steps still to do, from 0 or from the newest checkpoint; saves after every `save_every` of them."""
+        first = self._resume(model)
+        with _progress() as progress:
+            task = progress.add_task(self.out.name, total=self.config.steps, completed=first)
+            for step in range(first, self.config.steps):
+                yield step
+                progress.update(task, completed=step + 1)
+                if (step + 1) % self.config.save_every == 0 and step + 1 < self.config.steps:
+                    self._save(step + 1, model)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one line to metrics.jsonl and to the log; raises OSError when the disk is full."""
+        line = {"step": step, **{name: float(value) for name, value in metrics.items()}, "time": time.time()}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        logger.info("step %d/%d  %s", step + 1, self.config.steps, shown)
+
+    def finish(self, model: Model, result: Mapping[str, object]) -> None:
+        """Exports the model, then writes result.json, then drops the checkpoints that are no longer needed."""
+        model.export(self.out / "model")
+        last = read_metrics(self.out)[-1:]
+        write_json(self.out / "result.json", {"steps": self.config.steps, "last_step": last, **result})
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+
+    def _check_settings(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "config.yaml"
+        now = plain(self.config)
+        if path.exists():
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            changed = sorted(_changes(before, now))
+            if changed:
+                raise ConfigError(
+                    f"{self.out} holds a run with other settings ({'; '.join(changed)}); "
+                    "repeat those settings to continue it, or choose another --out"
+                )
+        write_text(path, yaml.safe_dump(now, sort_keys=False))
+
+    def _resume(self, model: Model) -> int:
+        newest = max(_checkpoints(self.out), default=0)
+        if newest:
+            model.load(self.out / "checkpoints" / f"step_{newest}")
+            logger.info("continuing %s from step %d of %d", self.out, newest, self.config.steps)
+        kept = [line for line in read_metrics(self.out) if line["step"] < newest]
+        write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        return newest
+
+    def _save(self, step: int, model: Model) -> None:
+        model.save(self.out / "checkpoints" / f"step_{step}", {"step": str(step)})
+        for older in _checkpoints(self.out):
+            if older < step:
+                shutil.rmtree(self.out / "checkpoints" / f"step_{older}")
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """The lines of OUT/metrics.jsonl; a last line cut off by a crash is left out."""
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plain(config: object) -> Any:
+    """A config as dicts, lists and plain values, for YAML."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return str(config) if isinstance(config, Path) else config
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in before.keys() | now.keys():
+        old, new = before.get(key), now.get(key)
+        if not prefix and key in _FREE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key} was {old!r}, is {new!r}"
+
+
+def _checkpoints(out: Path) -> list[int]:
+    names = (entry.name for entry in (out / "checkpoints").glob("step_*"))
+    return [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit()]
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

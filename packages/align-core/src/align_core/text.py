@@ -1,0 +1,158 @@
+"""Text to tokens and back: tokenizers and prompt templates. The one place that decides how a prompt is written.
+
+Needs `transformers` when a tokenizer is loaded, not when this module is imported.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency, unknown_name
+
+TemplateName = Literal["auto", "human-assistant", "chat", "plain"]
+Messages = Sequence[Mapping[str, str]]
+
+_ROLES = {"user": "Human", "assistant": "Assistant"}
+_CLOSING_TAG = "\n\nAssistant:"
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer, narrowed to what alignment needs."""
+
+    def __init__(self, backend: Any, directory: Path) -> None:
+        self._backend = backend
+        self.directory = directory
+        if backend.eos_token_id is None:
+            raise CheckpointError(f"the tokenizer in {directory} has no end-of-sequence token; set it in its config")
+        self.eos_id: int = int(backend.eos_token_id)
+        self.vocab_size: int = len(backend)
+        self.has_chat_template: bool = bool(getattr(backend, "chat_template", None))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone, without special tokens."""
+        return list(self._backend.encode(text, add_special_tokens=False))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the beginning of a sequence: with the tokenizer's own begin-of-sequence token, if it has one."""
+        ids = list(self._backend.encode(text, add_special_tokens=True))
+        return ids[:-1] if ids and ids[-1] == self.eos_id else ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of `text` as it follows other text (no dummy space in front, as SentencePiece would add)."""
+        anchor = self.encode("\n")
+        ids = self.encode("\n" + text)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text)
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def apply_chat_template(self, messages: Messages) -> str:
+        """The conversation in the tokenizer's own template, open for the assistant's answer."""
+        rendered = self._backend.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        return str(rendered)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a model directory, Hugging Face's or Megatron's; nothing is downloaded.
+
+    Raises:
+        CheckpointError: the directory has no tokenizer files, or they do not load.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"model directory {str(directory)!r} does not exist")
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{str(directory)!r} holds no tokenizer (tokenizer.json or tokenizer.model)")
+    try:
+        from transformers import AutoTokenizer  # noqa: PLC0415  (optional, and slow to import)
+    except ImportError as error:
+        raise missing_dependency("transformers", "transformers>=5", needed_for="loading a tokenizer") from error
+    try:
+        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {str(directory)!r} does not load: {error}") from error
+    return Tokenizer(backend, directory)
+
+
+def resolve_template(tokenizer: Tokenizer, template: str) -> str:
+    """`auto` made definite; raises ConfigError for an unknown name or a chat template that the tokenizer lacks."""
+    if template not in get_args(TemplateName):
+        raise ConfigError(unknown_name("prompt template", template, get_args(TemplateName)))
+    if template == "auto":
+        return "chat" if tokenizer.has_chat_template else "human-assistant"
+    if template == "chat" and not tokenizer.has_chat_template:
+        raise ConfigError(f"the tokenizer in {tokenizer.directory} has no chat template; choose another template")
+    return template
+
+
+def render_prompt(
+    tokenizer: Tokenizer, content: str | Messages, *, template: str = "auto", max_tokens: int
+) -> NDArray[np.int32]:
+    """Token ids of a prompt in its template, cut at the left of its content until it fits.
+
+    Args:
+        content: the user's words, or chat messages {"role", "content"}. Words that already end in the
+            Human/Assistant template's closing tag are taken as they are.
+        max_tokens: most tokens of the result; the template's opening and closing stay whole.
+
+    Raises:
+        DataError: even without content the template does not fit into `max_tokens`.
+    """
+    name = resolve_template(tokenizer, template)
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
+    while True:
+        ids = _encode_messages(tokenizer, messages, name)
+        excess = len(ids) - max_tokens
+        if excess <= 0:
+            return np.asarray(ids, dtype=np.int32)
+        messages = _cut_left(tokenizer, messages, excess)
+
+
+def encode_response(tokenizer: Tokenizer, response: str, *, template: str = "auto") -> NDArray[np.int32]:
+    """Token ids of an assistant's answer after a rendered prompt, closed by the end-of-sequence token."""
+    name = resolve_template(tokenizer, template)
+    text = " " + response.strip() if name == "human-assistant" else response
+    return np.asarray([*tokenizer.encode_continuation(text), tokenizer.eos_id], dtype=np.int32)
+
+
+def _encode_messages(tokenizer: Tokenizer, messages: Messages, template: str) -> list[int]:
+    if template == "chat":
+        return tokenizer.encode(tokenizer.apply_chat_template(messages))
+    if template == "plain":
+        return tokenizer.encode_prompt("".join(message["content"] for message in messages))
+    return tokenizer.encode_prompt(_human_assistant(messages))
+
+
+def _human_assistant(messages: Messages) -> str:
+    if len(messages) == 1 and messages[0]["content"].rstrip().endswith(_CLOSING_TAG.strip()):
+        return messages[0]["content"].rstrip()
+    turns = (f"\n\n{_ROLES[m['role']]}: {m['content'].strip()}" for m in messages if m["role"] in _ROLES)
+    system = "".join(m["content"] for m in messages if m["role"] == "system")
+    return system + "".join(turns) + _CLOSING_TAG
+
+
+def _cut_left(tokenizer: Tokenizer, messages: list[dict[str, str]], excess: int) -> list[dict[str, str]]:
+    """Drops about `excess` tokens from the oldest words that may be cut: never the system's, never the closing tag."""
+    for index, message in enumerate(messages):
+        if message["role"] == "system":
+            continue
+        content, tag = _split_tag(message["content"])
+        if not content:
+            continue
+        ids = tokenizer.encode_continuation(content)
+        shorter = tokenizer.decode(ids[excess:]) if excess < len(ids) else ""
+        if len(shorter) >= len(content):  # decoding gave nothing shorter: cut characters so that the loop ends
+            shorter = content[1:]
+        return [*messages[:index], {**message, "content": shorter + tag}, *messages[index + 1 :]]
+    raise DataError(f"the prompt template alone is {excess} tokens longer than allowed; raise max_length")
+
+
+def _split_tag(content: str) -> tuple[str, str]:
+    match = re.search(r"\s*Assistant:\s*\Z", content)
+    return (content[: match.start()], content[match.start() :]) if match else (content, "")
