@@ -128,6 +128,22 @@ def test_backward_makes_no_second_float32_copy(monkeypatch: pytest.MonkeyPatch) 
     assert largest == 4 * 256
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu_and_peak_memory_stays_below_one_float32_copy() -> None:
+    """4,096 rows of 32,000 columns in bfloat16: 262 MB, their gradient as much, a float32 copy would add 524 MB."""
+    logits = torch.randn(4096, 32000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(4096)
+    on_cuda = logits.cuda().requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = token_logprobs(on_cuda, targets.cuda())
+    (gradient,) = torch.autograd.grad(result.sum(), on_cuda)
+    assert torch.cuda.max_memory_allocated() - before - gradient.nbytes < 4096 * 32000 * 4
+    assert_close(result.detach()[:64].cpu(), token_logprobs(logits[:64], targets[:64]), rtol=1e-5, atol=1e-5)
+    assert_close(token_entropy(on_cuda[:64]).detach().cpu(), token_entropy(logits[:64]), rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows() -> None:
     logits = torch.zeros(0, 4, requires_grad=True)
     (token_logprobs(logits, torch.zeros(0, dtype=torch.int64)).sum() + token_entropy(logits).sum()).backward()

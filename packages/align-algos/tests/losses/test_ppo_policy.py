@@ -77,6 +77,7 @@ def test_asymmetric_clip() -> None:
         logprobs, torch.zeros(2), torch.tensor([1.0, -1.0]), mask, num_tokens=2, clip_low=0.1, clip_high=0.5
     )
     assert_close(output.loss, torch.tensor((-1.4 + 0.9) / 2))
+    assert_close(output.metrics["clip_fraction"], torch.tensor(0.5))
 
 
 @pytest.mark.parametrize("clip", [{"clip_low": 1.1, "clip_high": 0.2}, {"clip_low": 0.2, "clip_high": -0.1}])

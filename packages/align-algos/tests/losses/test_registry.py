@@ -245,6 +245,22 @@ def test_a_count_below_this_micro_batch_is_refused(name: str) -> None:
         call(name, batch, local - 1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_loss
+def test_cuda_equals_cpu(name: str) -> None:
+    """The same float64 batch on both devices; the second run on CUDA must repeat the first bit for bit."""
+    batch = make_batch(name, 9)
+    on_cuda = {key: value.cuda() for key, value in batch.items()}
+    expected, gradient = call_with_gradient(name, batch, global_count(batch, name))
+    output, cuda_gradient = call_with_gradient(name, on_cuda, global_count(batch, name))
+    again, _ = call_with_gradient(name, on_cuda, global_count(batch, name))
+    assert torch.equal(output.loss, again.loss)
+    assert_close(output.loss.cpu(), expected.loss)
+    assert_close({key: value.cpu() for key, value in output.metrics.items()}, expected.metrics)
+    assert_close(cuda_gradient.cpu(), gradient)
+
+
 def test_bfloat16_columns_are_computed_in_float32() -> None:
     """log-probs -1 and -0.00390625 are exact in bfloat16; their sum 1.00390625 is not (it would round to 1.0)."""
     logprobs = torch.tensor([-1.0, -0.00390625], dtype=torch.bfloat16)

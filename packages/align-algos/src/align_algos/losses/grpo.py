@@ -7,12 +7,12 @@ Legend: N flat tokens.
 
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_number
+from align_algos.checks import check_number
 from align_algos.errors import InputError
 from align_algos.kl import k3
 from align_algos.losses.output import LossOutput
 from align_algos.losses.ppo_policy import ppo_policy_loss
-from align_algos.reductions import masked, token_mean
+from align_algos.reductions import token_mean
 
 
 def grpo_loss(
@@ -61,7 +61,5 @@ def grpo_loss(
     )
     if reference_logprobs_N is None:
         return LossOutput(loss, metrics)
-    check_columns("token", mask_N.shape[0], reference_logprobs_N=reference_logprobs_N)
-    kl_N = k3(masked(logprobs_N, mask_N), masked(reference_logprobs_N, mask_N).detach())
-    kl = token_mean(kl_N, mask_N, num_tokens=num_tokens)
+    kl = token_mean(k3(logprobs_N, reference_logprobs_N.detach()), mask_N, num_tokens=num_tokens)
     return LossOutput(loss + kl_coef * kl, {**metrics, "kl": kl.detach()})
