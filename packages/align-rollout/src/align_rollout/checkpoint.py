@@ -1,34 +1,15 @@
-"""Reads what an engine must know of a Hugging Face model directory: sizes, end-of-sequence ids, names of the weights.
+"""Reads what an engine must know of a model before it starts: sizes, end-of-sequence ids, whether weights are there.
 
-Reads JSON and safetensors headers only; knows nothing of vLLM and opens no tensor. Weights in pickle files are refused.
-Source of the header layout: https://github.com/huggingface/safetensors (format section of its README).
+A model directory is anything with a Hugging Face config.json: a Hugging Face model, or a Megatron checkpoint of ours,
+whose weights an engine cannot read but can be sent. Reads JSON only, and knows nothing of vLLM.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from align_core.errors import CheckpointError, LayoutError
-from align_core.types import ParamMeta
-
-_DTYPES: Mapping[str, Literal["float32", "bfloat16", "float16"]] = {
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-}
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit; a larger number means that this is no safetensors file
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorLocation:
-    """Where one weight lies on disk."""
-
-    meta: ParamMeta
-    file: Path
-    offset: int
-    """First byte in `file`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +26,8 @@ class ModelFacts:
     heads: int
     kv_heads: int
     head_dim: int
-    tied: bool
-    """The output layer is the embedding; then no lm_head.weight exists."""
-    params: tuple[ParamMeta, ...]
-    """The weights of the checkpoint, in Hugging Face names."""
+    has_weights: bool
+    """False for a directory that describes a model and leaves its weights to the first weight update."""
 
     def kv_bytes_per_token(self, *, item_bytes: int, tensor: int) -> int:
         """Bytes of keys and values that one token takes in one worker of a `tensor`-way engine."""
@@ -74,7 +53,11 @@ def read_model(path: Path) -> ModelFacts:
     config = read_config(path)
     heads = _integer(config, "num_attention_heads", path)
     hidden = _integer(config, "hidden_size", path)
-    tied = bool(config.get("tie_word_embeddings", False))
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise CheckpointError(
+            f"{str(path)!r} holds a {architectures}; an engine needs a language model (...ForCausalLM)"
+        )
     return ModelFacts(
         path=path,
         vocab_size=_integer(config, "vocab_size", path),
@@ -84,8 +67,7 @@ def read_model(path: Path) -> ModelFacts:
         heads=heads,
         kv_heads=_integer({"num_key_value_heads": heads, **config}, "num_key_value_heads", path),
         head_dim=_integer({"head_dim": hidden // heads, **_present(config)}, "head_dim", path),
-        tied=tied,
-        params=tuple(tensor.meta for tensor in read_tensors(path) if _is_weight(tensor.meta.name, tied=tied)),
+        has_weights=_holds_weights(path),
     )
 
 
@@ -109,36 +91,15 @@ def read_eos_ids(path: Path, config: Mapping[str, object]) -> tuple[int, ...]:
     return ()
 
 
-def read_tensors(path: Path) -> list[TensorLocation]:
-    """Every floating-point tensor in the safetensors files of `path`, by name."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
+def _holds_weights(path: Path) -> bool:
+    if any(path.glob("*.safetensors")):
+        return True
+    if any(path.glob("pytorch_model*.bin")):
         raise CheckpointError(
-            f"{str(path)!r} has no *.safetensors file; save the model again with save_pretrained "
-            "(weights in pickle files are not read, they can run code)"
+            f"{str(path)!r} holds its weights in pickle files, which can run code and are not read; "
+            "save the model again with save_pretrained"
         )
-    return sorted((tensor for file in files for tensor in _read_header(file)), key=lambda tensor: tensor.meta.name)
-
-
-def _read_header(file: Path) -> list[TensorLocation]:
-    with file.open("rb") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        if not 0 < size <= _MAX_HEADER_BYTES:
-            raise CheckpointError(f"{str(file)!r} is not a safetensors file: its header claims {size} bytes")
-        text = stream.read(size)
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{str(file)!r} is not a safetensors file: its header is not JSON ({error})") from error
-    return [
-        TensorLocation(
-            meta=ParamMeta(name=name, shape=tuple(entry["shape"]), dtype=_DTYPES[entry["dtype"]]),
-            file=file,
-            offset=8 + size + int(entry["data_offsets"][0]),
-        )
-        for name, entry in header.items()
-        if name != "__metadata__" and entry["dtype"] in _DTYPES
-    ]
+    return False
 
 
 def _read_object(file: Path) -> dict[str, object]:
@@ -171,8 +132,3 @@ def _max_positions(config: Mapping[str, object]) -> int | None:
     kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, dict) else None
     positions = config.get("max_position_embeddings")
     return positions if isinstance(positions, int) and kind in (None, "default", "llama3") else None
-
-
-def _is_weight(name: str, *, tied: bool) -> bool:
-    """False for what engines do not load: rotary tables of old checkpoints, the second copy of a tied embedding."""
-    return not name.endswith("rotary_emb.inv_freq") and not (tied and name == "lm_head.weight")

@@ -8,9 +8,13 @@ vllm is imported. Every trap here was met in practice; the comment says what hap
 import contextlib
 import importlib.util
 import os
+import random
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Literal
+
+import numpy as np
 
 from align_core.config import Device
 from align_core.errors import ConfigError, MissingDependencyError
@@ -74,13 +78,24 @@ def _disable_loaded_dynamo() -> None:
 
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
-    """Undoes what starting an engine does to this process: LD_PRELOAD for every child, a dead torch.set_num_threads."""
+    """Undoes what starting an engine does to this process.
+
+    vLLM sets LD_PRELOAD for every later child, replaces torch.set_num_threads, and seeds Python's, numpy's and torch's
+    generators, of which a trainer in the same process may have taken its own course. It also touches every name in
+    torch.distributed, the deprecated ones included, which warns its users about nothing that they did.
+    """
     import torch  # noqa: PLC0415  - only engines that run in this process need torch
 
     preload, set_num_threads = os.environ.get("LD_PRELOAD"), torch.set_num_threads
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`torch.distributed.reduce_op` is deprecated")
+            yield
     finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
         torch.set_num_threads = set_num_threads
         if preload is None:
             os.environ.pop("LD_PRELOAD", None)

@@ -14,7 +14,7 @@ import numpy as np
 from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, WeightSink
 from align_core.errors import ConfigError, WorkerError
-from align_core.types import ITEM_BYTES, Completion, FinishReason, Prompt
+from align_core.types import ITEM_BYTES, Completion, FinishReason, ParamMeta, Prompt
 from align_rollout import environment
 from align_rollout.checkpoint import ModelFacts, read_model
 from align_rollout.sampling import check_prompts, completion_seed
@@ -33,11 +33,16 @@ class VllmEngine:
         self._facts = facts
         self._config = config
         self._owns_process_group = owns_process_group
-        self._sink = VllmWeightSink(llm=llm, expected=facts.params, in_process=config.tensor == 1)
+        self._sink = VllmWeightSink(
+            llm=llm, expected=_model_params(facts.path), loaded=facts.has_weights, in_process=config.tensor == 1
+        )
 
     @classmethod
     def from_model(cls, model: Path, config: EngineConfig) -> "VllmEngine":
-        """Starts an engine on the Hugging Face directory `model`; its weights are version 0.
+        """Starts an engine on the directory `model`; its weights are version 0.
+
+        A directory with config.json and no *.safetensors (a Megatron checkpoint, say) gives an engine that waits for
+        its first weights and refuses to generate before they came.
 
         Every engine of the entry-point group `align.engines` offers this constructor, with these two arguments.
 
@@ -82,7 +87,7 @@ class VllmEngine:
         A completion depends on (sampling.seed, prompt id, sample) and the tokens, not on its neighbours in the batch,
         up to the rounding of kernels that sum in another order for another batch size.
         """
-        self._sink.check_usable()
+        self._sink.check_answerable()
         check_prompts(prompts, sampling, context=self._config.context, vocab_size=self._facts.vocab_size)
         if not prompts:
             return []
@@ -127,7 +132,7 @@ def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str
     )
     return {
         "model": str(facts.path),
-        "load_format": "safetensors",
+        "load_format": "safetensors" if facts.has_weights else "dummy",
         "skip_tokenizer_init": True,
         "use_tqdm_on_load": False,
         "generation_config": "vllm",  # else temperature and top_p of generation_config.json become defaults
@@ -142,6 +147,20 @@ def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str
         "worker_extension_cls": "align_rollout.receiver.WeightReceiver",
         **memory,
     }
+
+
+def _model_params(model: Path) -> list[ParamMeta]:
+    """Names and shapes of the model's weights, as transformers (which vLLM brings) lays them out; takes no memory.
+
+    Not read from the checkpoint's headers: old files carry rotary tables and second copies of a tied embedding.
+    """
+    import torch  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return [ParamMeta(name=name, shape=tuple(param.shape), dtype="float32") for name, param in blank.named_parameters()]
 
 
 def _sampling_params(prompt_id: int, sample: int, sampling: SamplingConfig, eos_ids: Sequence[int]) -> Any:

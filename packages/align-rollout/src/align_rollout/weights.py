@@ -21,6 +21,7 @@ from align_core.types import ParamMeta, WeightChunk, WeightTensor
 from align_rollout.update import PendingUpdate, check_version
 
 _log = logging.getLogger(__name__)
+_NO_WEIGHTS = -1  # below every version, so that the first one may be 0
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -31,16 +32,17 @@ class VllmWeightSink:
     as the `load` that named it has returned.
     """
 
-    def __init__(self, *, llm: Any, expected: Sequence[ParamMeta], in_process: bool) -> None:
+    def __init__(self, *, llm: Any, expected: Sequence[ParamMeta], loaded: bool, in_process: bool) -> None:
         """A sink for `llm`, a started vllm.LLM.
 
         Args:
             expected: names and shapes of the model's weights.
+            loaded: the engine has read weights, which are version 0; otherwise it waits for the first ones.
             in_process: the worker lives in this process, so that arrays need no file to reach it.
         """
-        self.version = 0
-        self.broken = ""
-        """Why the engine must not answer any more; empty while it may."""
+        self.version = 0 if loaded else _NO_WEIGHTS
+        self._broken = ""
+        """Why the engine must not be used any more; empty while it may."""
         self._llm = llm
         self._expected = tuple(expected)
         self._in_process = in_process
@@ -68,24 +70,33 @@ class VllmWeightSink:
         pending.check_complete()
         self._pending = None
         started = time.perf_counter()
-        self.broken = f"its update to version {pending.version} was interrupted; start a new engine"
+        self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
         self._llm.collective_rpc("align_commit")
         if not self._llm.reset_prefix_cache():
             raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
         self.version = pending.version
-        self.broken = ""
+        self._broken = ""
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
 
     def check_usable(self) -> None:
         """Raises SyncError if the engine is closed, or if an update ended half-way and left it with mixed weights."""
-        if self.broken:
-            raise SyncError(f"the engine cannot be used: {self.broken}")
+        if self._broken:
+            raise SyncError(f"the engine cannot be used: {self._broken}")
+
+    def check_answerable(self) -> None:
+        """Raises SyncError unless the engine holds one whole version of the weights."""
+        self.check_usable()
+        if self.version == _NO_WEIGHTS:
+            raise SyncError(
+                "the engine was started on a directory without *.safetensors and has got no weights yet; "
+                "send them through weight_sink(), or convert the checkpoint with align-convert to-hf"
+            )
 
     def close(self) -> None:
         """Lets go of the engine; nothing can be loaded after it."""
         self._pending = None
         self._llm = None
-        self.broken = "it is closed; start another"
+        self._broken = "it is closed; start another"
 
     def _announced(self) -> PendingUpdate:
         if self._pending is None:

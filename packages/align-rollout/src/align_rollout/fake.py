@@ -1,0 +1,170 @@
+"""A rollout engine without vLLM, for tests of stages: a bigram model in numpy, exact and instant.
+
+logits(next | last) = bigram.weight[last] + bias. It keeps the whole contract, weight updates included, so a stage that
+works with it works with vLLM; and since the model is real, a fake trainer on the same two weights can learn.
+Shape letters: V vocabulary.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_core.config import EngineConfig, SamplingConfig
+from align_core.contracts import RolloutEngine, WeightSink, WeightSource
+from align_core.errors import CheckpointError, SyncError
+from align_core.types import Completion, ParamMeta, Prompt, WeightChunk, WeightTensor, checksum
+from align_rollout.checkpoint import read_config, read_eos_ids
+from align_rollout.sampling import check_prompts, completion_seed
+from align_rollout.update import PendingUpdate, check_version
+
+Weights = Mapping[str, NDArray[np.float32]]
+_FILE = "bigram.npz"
+
+
+class FakeEngine:
+    """A `RolloutEngine` on a bigram model."""
+
+    def __init__(self, *, weights: Weights, eos_ids: Collection[int] = (), context: int = 2048) -> None:
+        """An engine on `weights`, float32 `bigram.weight` [V, V] and `bias` [V]; they are version 0."""
+        self._sink = _FakeSink(weights)
+        self._eos_ids = frozenset(eos_ids)
+        self._context = context
+        self._closed = False
+
+    @classmethod
+    def from_model(cls, model: Path, config: EngineConfig) -> "FakeEngine":
+        """An engine on a directory with `bigram.npz` (the two weights) and config.json (for eos_token_id)."""
+        description = read_config(model)
+        file = model / _FILE
+        if not file.is_file():
+            raise CheckpointError(f"{str(model)!r} has no {_FILE}, which the fake engine needs")
+        with np.load(file, allow_pickle=False) as arrays:
+            weights = {name: np.asarray(arrays[name], dtype=np.float32) for name in arrays.files}
+        return cls(weights=weights, eos_ids=read_eos_ids(model, description), context=config.context)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
+        """Samples as `RolloutEngine.generate` says."""
+        if self._closed:
+            raise SyncError("the engine cannot be used: it is closed; start another")
+        weights = self._sink.weights
+        logits_VV = weights["bigram.weight"] + weights["bias"]
+        check_prompts(prompts, sampling, context=self._context, vocab_size=len(logits_VV))
+        return [self._sample(logits_VV, prompt, sample, sampling) for prompt in prompts for sample in range(sampling.n)]
+
+    def weight_sink(self) -> WeightSink:
+        """The one sink of this engine."""
+        return self._sink
+
+    def close(self) -> None:
+        """Refuses to generate from now on."""
+        self._closed = True
+
+    def _sample(
+        self, logits_VV: NDArray[np.float32], prompt: Prompt, sample: int, sampling: SamplingConfig
+    ) -> Completion:
+        generator = np.random.default_rng(completion_seed(seed=sampling.seed, prompt_id=prompt.id, sample=sample))
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        last = int(prompt.tokens[-1])
+        while len(tokens) < sampling.max_tokens and last not in (self._eos_ids if tokens else ()):
+            logits_V = logits_VV[last].astype(np.float64)
+            last = _draw(logits_V, sampling, generator)
+            tokens.append(last)
+            logprobs.append(float(_log_softmax(logits_V)[last]))
+        return Completion(
+            prompt_id=prompt.id,
+            sample=sample,
+            tokens=np.asarray(tokens, dtype=np.int32),
+            logprobs=np.asarray(logprobs, dtype=np.float32),
+            finish_reason="stop" if last in self._eos_ids else "length",
+            version=self._sink.version,
+        )
+
+
+class _FakeSink:
+    def __init__(self, weights: Weights) -> None:
+        self.version = 0
+        self.weights: dict[str, NDArray[np.float32]] = {name: np.array(array) for name, array in weights.items()}
+        self._pending: PendingUpdate | None = None
+        self._staged: dict[str, NDArray[np.float32]] = {}
+
+    def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
+        self._pending, self._staged = None, {}
+        check_version(version=version, current=self.version)
+        expected = ArrayWeights(self.weights).metadata()
+        self._pending = PendingUpdate(expected=expected, announced=metadata, version=version)
+
+    def load(self, chunk: WeightChunk) -> None:
+        pending = self._announced()
+        for weight in chunk:
+            pending.accept(weight)
+            self._staged[weight.meta.name] = _as_float32(weight)
+
+    def commit(self) -> None:
+        pending = self._announced()
+        pending.check_complete()
+        self.weights, self.version = self._staged, pending.version
+        self._pending, self._staged = None, {}
+
+    def _announced(self) -> PendingUpdate:
+        if self._pending is None:
+            raise SyncError("no weight update is under way; call begin first")
+        return self._pending
+
+
+class ArrayWeights:
+    """A `WeightSource` over float32 numpy arrays, such as a fake trainer's weights."""
+
+    def __init__(self, weights: Weights) -> None:
+        """A source that yields `weights` in their order; they must not change while it is in use."""
+        self._weights = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in weights.items()}
+
+    def metadata(self) -> list[ParamMeta]:
+        """Name and shape of every array."""
+        return [ParamMeta(name=name, shape=array.shape, dtype="float32") for name, array in self._weights.items()]
+
+    def iterate(self) -> Iterator[WeightTensor]:
+        """The arrays' bytes, with their checksums."""
+        for meta in self.metadata():
+            data = self._weights[meta.name].reshape(-1).view(np.uint8)
+            yield WeightTensor(meta=meta, checksum=checksum(data, item_bytes=4), data=data)
+
+
+def save_bigram(model: Path, weights: Weights, *, eos_id: int) -> None:
+    """Writes the files that `FakeEngine.from_model` reads into the existing directory `model`."""
+    vocab_size = len(weights["bias"])
+    (model / "config.json").write_text(
+        f'{{"model_type": "bigram", "vocab_size": {vocab_size}, "eos_token_id": {eos_id}}}\n', encoding="utf-8"
+    )
+    np.savez(model / _FILE, allow_pickle=False, **dict(weights))
+
+
+def _draw(logits_V: NDArray[np.float64], sampling: SamplingConfig, generator: np.random.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(np.argmax(logits_V))
+    p_V = np.exp(_log_softmax(logits_V / sampling.temperature))
+    order = np.argsort(-p_V, kind="stable")
+    kept = order[: int(np.searchsorted(np.cumsum(p_V[order]), sampling.top_p) + 1)]
+    return int(generator.choice(kept, p=p_V[kept] / p_V[kept].sum()))
+
+
+def _log_softmax(logits_V: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits_V - logits_V.max()
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+def _as_float32(weight: WeightTensor) -> NDArray[np.float32]:
+    data = np.array(weight.bytes())  # a copy: the sender's memory is valid only until commit
+    if weight.meta.dtype == "bfloat16":  # the upper half of a float32
+        values = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = data.view({"float32": np.float32, "float16": np.float16}[weight.meta.dtype]).astype(np.float32)
+    return values.reshape(weight.meta.shape)
+
+
+_conforms: type[RolloutEngine] = FakeEngine
+_sink_conforms: type[WeightSink] = _FakeSink
+_source_conforms: type[WeightSource] = ArrayWeights
