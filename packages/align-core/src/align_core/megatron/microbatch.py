@@ -1,0 +1,129 @@
+"""One micro-batch on the device: its sequences end to end, and what attention, rotary positions and losses need of it.
+
+Padding exists at the end only, so that tensor parallelism can cut the tokens evenly; it is one more sequence, which no
+loss sees. Knows nothing about the model and the pipeline.
+
+Legend: B sequences, N their tokens, P = N plus padding, L the longest of a bucket.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from numpy.typing import NDArray
+from torch import Tensor
+
+from align_core.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """Sequences of similar length side by side, the short ones padded at their end with any token.
+
+    Under causal attention no token sees what comes after it, so the padding needs no mask; its output is dropped.
+    """
+
+    index: Tensor
+    """int64 [b * L], the packed position of each entry."""
+    real: Tensor
+    """int64 [tokens], the entries that are not padding."""
+    sequences: int
+
+
+@dataclass
+class Packed(PackedSeqParams):  # type: ignore[misc]
+    """What the layers get to know about the packing.
+
+    `qkv_format` stays unset: megatron-core's "thd" would rotate sequence by sequence, with a device synchronisation in
+    every layer, where rotation by `positions` is one operation.
+    """
+
+    positions: Tensor | None = None
+    """int64 [P], position of each token in its sequence."""
+    buckets: tuple[Bucket, ...] = ()
+    order: Tensor | None = None
+    """int64 [P], where each token is among the tokens of all buckets in turn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Tensors of one micro-batch."""
+
+    indices: NDArray[np.int64]
+    """int64 [B], which sequences of the whole batch these are."""
+    batch: Batch
+    """The same sequences with their columns, unpadded; without any for a micro-batch of padding."""
+    tokens: Tensor
+    """int64 [1, P]."""
+    targets: Tensor
+    """int64 [N], the token after each one; 0 after the last of a sequence."""
+    is_first: Tensor
+    """bool [N], True at the first token of a sequence."""
+    last: Tensor
+    """int64 [B], position of each sequence's last token."""
+    packed: Packed
+
+    def token_column(self, name: str) -> Tensor:
+        """The per-token column on the device."""
+        return _to(self.batch.token_column(name), self.tokens.device)
+
+    def sequence_column(self, name: str) -> Tensor:
+        """The per-sequence column on the device."""
+        return _to(self.batch.sequence_column(name), self.tokens.device)
+
+
+def pack(whole: Batch, indices: NDArray[np.int64], *, multiple: int, device: torch.device) -> MicroBatch:
+    """The sequences `indices` of `whole`, padded to a multiple of `multiple` tokens (at least one)."""
+    batch = whole.select(indices)
+    count = len(batch.tokens)
+    padding = -count % multiple or (0 if count else multiple)
+    lengths = np.concatenate([batch.lengths, [padding]] if padding else [batch.lengths]).astype(np.int64)
+    targets = np.zeros(count, np.int64)
+    targets[:-1] = batch.tokens[1:]
+    last = batch.offsets[1:] - 1
+    targets[last] = 0
+    is_first = np.zeros(count, np.bool_)
+    is_first[batch.offsets[:-1]] = True
+    return MicroBatch(
+        indices=indices,
+        batch=batch,
+        tokens=_to(np.pad(batch.tokens.astype(np.int64), (0, padding))[None], device),
+        targets=_to(targets, device),
+        is_first=_to(is_first, device),
+        last=_to(last, device),
+        packed=_packed(lengths, device),
+    )
+
+
+def _packed(lengths: NDArray[np.int64], device: torch.device) -> Packed:
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    buckets = []
+    tokens_in_order = []
+    # Sequences whose lengths need the same number of bits: none is padded to more than twice its length.
+    width = np.frexp(lengths)[1]
+    for bits in np.unique(width):
+        rows = np.flatnonzero(width == bits)
+        longest = int(lengths[rows].max())
+        offset = np.arange(longest)[None]
+        index = (starts[rows, None] + np.minimum(offset, lengths[rows, None] - 1)).reshape(-1)
+        real = np.flatnonzero((offset < lengths[rows, None]).reshape(-1))
+        buckets.append(Bucket(index=_to(index, device), real=_to(real, device), sequences=len(rows)))
+        tokens_in_order.append(index[real])
+    cu_seqlens = _to(starts.astype(np.int32), device)
+    longest = int(lengths.max())
+    return Packed(
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        positions=_to(positions, device),
+        buckets=tuple(buckets),
+        order=_to(np.argsort(np.concatenate(tokens_in_order)), device),
+    )
+
+
+def _to(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    # A copy: columns may be read-only views that torch would refuse to wrap.
+    return torch.from_numpy(np.array(array)).to(device)

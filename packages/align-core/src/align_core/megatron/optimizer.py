@@ -1,0 +1,130 @@
+"""Gradients, AdamW and the learning-rate schedule: megatron-core's, set up so that gradients are summed, not averaged.
+
+The optimizer is FP32Optimizer, or Float16OptimizerWithFloat16Params with float32 main weights for bfloat16: every
+data-parallel rank holds the whole optimizer state. Knows nothing about batches and losses.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from align_core.config import Dtype, OptimizerConfig
+from align_core.errors import AlignError, ConfigError
+from align_core.megatron.model import DTYPES, LlamaModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global norm of the gradient before clipping."""
+    lr: float
+    """Learning rate of this step."""
+
+
+class Optimization:
+    """One rank's gradients, optimizer and schedule."""
+
+    def __init__(self, model: LlamaModel, config: OptimizerConfig, *, steps: int, dtype: Dtype) -> None:
+        check_schedule(config, steps=steps)
+        self.model: Any = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
+            model,
+        )
+        model.config.finalize_model_grads_func = _sum_gradients
+        self.optimizer: Any = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                min_lr=config.min_lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=dtype == "bfloat16",
+                params_dtype=DTYPES[dtype],
+            ),
+            [self.model],
+            use_gloo_process_groups=False,
+        )
+        self.scheduler: Any = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.min_lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=steps,
+            lr_decay_style=config.schedule,
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+        self._clip = config.clip_grad
+
+    @property
+    def steps_done(self) -> int:
+        """Updates so far."""
+        return int(self.scheduler.num_steps)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> Update:
+        """Clip, update, move the schedule on.
+
+        Raises:
+            AlignError: the gradient is not finite; the weights are left as they were.
+        """
+        self.optimizer.prepare_grads()
+        # The norm is needed whether or not there is clipping, and must be looked at before any weight moves.
+        (optimizer,) = self.optimizer.chained_optimizers
+        norm = float(optimizer.clip_grad_norm(self._clip) if self._clip > 0 else optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise AlignError(
+                f"the gradient norm of step {self.steps_done} is {norm}; "
+                "lower optimizer.lr, or look at that step's data"
+            )
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        self.optimizer.step_with_ready_grads()
+        self.scheduler.step(1)
+        return Update(grad_norm=norm, lr=rate)
+
+    def load_scheduler(self, state: dict[str, Any]) -> None:
+        """Continue a schedule: its position comes from `state`, its shape from this run's settings."""
+        self.scheduler.num_steps = 0  # load_state_dict adds to it
+        self.scheduler.load_state_dict(state)
+
+
+def check_schedule(config: OptimizerConfig, *, steps: int) -> None:
+    """Refuse settings that make no schedule."""
+    if config.warmup_steps >= steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps {config.warmup_steps} leaves none of the {steps} steps at full learning rate; "
+            f"use at most {steps - 1}"
+        )
+    if config.min_lr > config.lr:
+        raise ConfigError(f"optimizer.min_lr {config.min_lr} is above optimizer.lr {config.lr}; lower it")
+
+
+def _sum_gradients(models: Sequence[Any], num_tokens: object = None, **groups: Any) -> None:
+    """megatron-core's gradient exchange without its division by a token count: our losses are divided already."""
+    del num_tokens
+    finalize_model_grads(list(models), None, **groups)

@@ -1,0 +1,166 @@
+"""One process becomes one rank: torch.distributed, megatron-core's parallel groups, device and seeds.
+
+A single process needs no launcher and no port. Several models of one process share its groups, so `init_rank` may be
+called again with the same sizes; the groups go when the last user has called `close_rank`. Knows nothing about models.
+"""
+
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
+
+from align_core.config import Device, ParallelConfig
+from align_core.errors import ConfigError, LayoutError
+from align_core.megatron import cpu
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankContext:
+    """Where this process stands among the ranks of one trainer."""
+
+    rank: int
+    parallel: ParallelConfig
+    device: torch.device
+    tensor: int
+    """Rank within the tensor-parallel group."""
+    pipeline: int
+    """Pipeline stage."""
+    data: int
+    """Which copy of the model."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.pipeline == self.parallel.pipeline - 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank, of those that hold its copy's results, gives them to all others."""
+        return self.is_last_stage and self.tensor == 0
+
+
+@dataclass
+class _Shared:
+    """The process groups of this process; torch.distributed and megatron-core keep theirs in module globals too."""
+
+    context: RankContext | None = None
+    users: int = 0
+
+
+_SHARED = _Shared()
+
+
+def init_rank(
+    *,
+    parallel: ParallelConfig,
+    rank: int = 0,
+    rendezvous: str | Store | None = None,
+    device: Device = "auto",
+    local_device: int = 0,
+    seed: int = 0,
+    timeout_s: float = 1800.0,
+) -> RankContext:
+    """Make this process rank `rank` of `parallel.world_size`, and wait for the others.
+
+    Args:
+        rendezvous: where the ranks meet: `tcp://HOST:PORT`, `file:///PATH`, or a torch store; none for a single rank.
+        local_device: index of this rank's GPU among those that the process sees.
+        seed: of torch's generators and megatron-core's; nothing in a Llama without dropout draws from them.
+        timeout_s: longest wait for another rank in a collective call, seconds.
+
+    Raises:
+        LayoutError: `rank` is outside the world, or this process already is a rank of another layout.
+        ConfigError: several ranks without a rendezvous, or CUDA asked for where there is none.
+    """
+    if not 0 <= rank < parallel.world_size:
+        raise LayoutError(
+            f"rank {rank} is outside a world of {parallel.world_size}; use 0 to {parallel.world_size - 1}"
+        )
+    where = _choose_device(device, local_device)
+    if _SHARED.context is not None:
+        return _join(rank=rank, parallel=parallel, device=where)
+    if rendezvous is None and parallel.world_size > 1:
+        raise ConfigError(f"{parallel.world_size} ranks need a rendezvous, for example 'tcp://HOST:PORT'")
+    # megatron-core 0.16 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
+    if where.type == "cpu":
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
+        cpu.install()
+        torch.set_num_threads(1)  # ranks share the cores; gloo and the autograd engine have threads of their own
+    else:
+        torch.cuda.set_device(where)
+    store, init_method = (None, rendezvous) if isinstance(rendezvous, str) else (rendezvous or HashStore(), None)
+    dist.init_process_group(
+        "gloo" if where.type == "cpu" else "cuda:nccl,cpu:gloo",
+        store=store,
+        init_method=init_method,
+        rank=rank,
+        world_size=parallel.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _SHARED.context = RankContext(
+        rank=rank,
+        parallel=parallel,
+        device=where,
+        tensor=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline=parallel_state.get_pipeline_model_parallel_rank(),
+        data=parallel_state.get_data_parallel_rank(),
+    )
+    _SHARED.users = 1
+    return _SHARED.context
+
+
+def close_rank() -> None:
+    """Undo one `init_rank`; the last one destroys the process groups. Without groups it does nothing."""
+    if _SHARED.context is None:
+        return
+    _SHARED.users -= 1
+    if _SHARED.users == 0:
+        _SHARED.context = None
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join(*, rank: int, parallel: ParallelConfig, device: torch.device) -> RankContext:
+    """A further model in a process that is a rank already."""
+    context = _SHARED.context
+    assert context is not None
+    if (rank, device) != (context.rank, context.device) or not _same_sizes(parallel, context.parallel):
+        raise LayoutError(
+            f"this process is rank {context.rank} of {context.parallel} on {context.device}, and cannot also be rank "
+            f"{rank} of {parallel} on {device}; give that model processes of its own"
+        )
+    _SHARED.users += 1
+    return context
+
+
+def _same_sizes(one: ParallelConfig, other: ParallelConfig) -> bool:
+    return (one.tensor, one.pipeline, one.data) == (other.tensor, other.pipeline, other.data)
+
+
+def _choose_device(device: Device, local_device: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device 'cuda' was asked for, but torch finds no CUDA device here; use 'cpu' or 'auto'")
+    if cpu.installed():
+        raise ConfigError("this process already trains on CPU; start another process to train on CUDA")
+    return torch.device("cuda", local_device)

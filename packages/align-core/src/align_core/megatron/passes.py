@@ -1,0 +1,87 @@
+"""Sends micro-batches through the model and its pipeline stages: forward only, or forward and backward.
+
+Knows the schedule of megatron-core and the shapes at the head; knows nothing about losses, optimizers and files.
+
+Legend: B sequences, N tokens of a micro-batch, P with padding, V this rank's share of the vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from align_algos.logprobs import token_logprobs
+from align_algos.losses import LossOutput
+from align_core.megatron.microbatch import MicroBatch
+
+Read = Callable[[Tensor, MicroBatch], Tensor]
+"""What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N] or scores [B]."""
+
+
+def read_logprobs(vocab_size: int) -> Read:
+    """Log-prob of each token given those before it in its sequence, 0 for the first, over the real vocabulary."""
+
+    def read(logits_1PV: Tensor, micro: MicroBatch) -> Tensor:
+        of_next_N = token_logprobs(
+            logits_1PV[0, : len(micro.targets)],
+            micro.targets,
+            vocab_size=vocab_size,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        shifted_N = torch.cat([of_next_N.new_zeros(1), of_next_N[:-1]])
+        return torch.where(micro.is_first, 0.0, shifted_N)
+
+    return read
+
+
+def read_scores(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
+    """The scalar at the last token of each sequence, float32 [B]."""
+    return output_1P1[0, micro.last, 0].float()
+
+
+@torch.no_grad()
+def forward(model: Any, micros: Sequence[MicroBatch], read: Read) -> list[Tensor]:
+    """What `read` finds in each micro-batch; an empty list on all but the last pipeline stage."""
+
+    def collect(micro: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
+        del non_loss_data  # how the schedule calls it
+        return read(output, micro) if len(micro.indices) else output.new_zeros(0)
+
+    return _run(model, micros, collect, forward_only=True)
+
+
+def forward_backward(
+    model: Any, micros: Sequence[MicroBatch], read: Read, loss: Callable[[Tensor, MicroBatch], LossOutput]
+) -> list[dict[str, Tensor]]:
+    """Add the gradient of every micro-batch's loss, then the other ranks'; returns `loss` and metrics of each."""
+
+    def evaluate(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        no_count = torch.zeros((), dtype=torch.int)  # losses are divided already; megatron-core shall not divide
+        if not len(micro.indices):
+            return output.float().sum() * 0.0, no_count, {}
+        value, metrics = loss(read(output, micro), micro)
+        return value, no_count, {"loss": value.detach(), **metrics}
+
+    return _run(model, micros, evaluate, forward_only=False)
+
+
+def _run(model: Any, micros: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+    def step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        micro = next(batches)
+        output = chunk(input_ids=micro.tokens, position_ids=None, attention_mask=None, packed_seq_params=micro.packed)
+        return output, lambda out, **how: finish(micro, out, **how)
+
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(micros),
+        model=[model],
+        num_microbatches=len(micros),
+        seq_length=micros[0].tokens.shape[1],  # unused: stages tell each other each micro-batch's length
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return results

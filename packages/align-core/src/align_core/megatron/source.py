@@ -1,0 +1,46 @@
+"""Opens a checkpoint directory for a trainer and checks that the model can be what is asked of it, before any process
+group, device or large tensor exists. Errors of align_convert leave here as those of align_core.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+from align_convert.config import ModelConfig
+from align_convert.errors import ConfigError as ConvertConfigError
+from align_convert.errors import ConvertError
+from align_convert.errors import LayoutError as ConvertLayoutError
+from align_convert.source import Source, load_any
+from align_core.config import TrainerConfig
+from align_core.errors import CheckpointError, ConfigError, LayoutError
+from align_core.megatron.model import layout_of
+
+
+def open_model(config: TrainerConfig) -> tuple[Source, ModelConfig]:
+    """The weights of `config.model`, and the description of the model that is to be made of them.
+
+    Raises:
+        CheckpointError: the directory is missing, damaged or of no known format.
+        ConfigError: an unsupported architecture, or a reward model asked for as a language model.
+        LayoutError: the model cannot be cut that way.
+    """
+    with translated_errors():
+        source = load_any(config.model)
+        stored = source.config
+        if stored.head == "score" and config.head == "lm":
+            raise ConfigError(f"{str(config.model)!r} holds a reward model; load it with head 'score'")
+        wanted = stored.with_head(config.head)
+        layout_of(config.parallel).check(wanted)
+    return source, wanted
+
+
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """Within it, errors of align_convert become the ones that users of align_core know."""
+    try:
+        yield
+    except ConvertLayoutError as error:
+        raise LayoutError(str(error)) from error
+    except ConvertConfigError as error:
+        raise ConfigError(str(error)) from error
+    except ConvertError as error:
+        raise CheckpointError(str(error)) from error

@@ -1,0 +1,272 @@
+"""`MegatronTrainer`: one rank of a model that is scored, updated, saved and exported.
+
+Every rank is called alike, with the same whole batch, and returns the same result; what it computes of it is its own
+part. Alone (world size 1) it is a complete `Trainer`. Knows nothing about stages, engines and Ray.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from align_algos.errors import InputError
+from align_convert.formats.megatron_writer import finish_megatron, write_megatron_rank
+from align_convert.layout import Rank
+from align_core.config import LossConfig, TrainerConfig
+from align_core.errors import AlignError, ConfigError, DataError, LayoutError
+from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
+from align_core.megatron.losses import prepare_loss
+from align_core.megatron.microbatch import MicroBatch, pack
+from align_core.megatron.model import DTYPES, build_model, layout_of, load_weights, plan_of
+from align_core.megatron.optimizer import Optimization, check_schedule
+from align_core.megatron.packing import Unit, cut
+from align_core.megatron.parallel import RankContext, close_rank, init_rank
+from align_core.megatron.passes import forward, forward_backward, read_logprobs, read_scores
+from align_core.megatron.source import open_model, translated_errors
+from align_core.megatron.weights import HeldWeights, total_bytes, weight_metas, write_pieces
+from align_core.types import Batch, ParamMeta
+
+
+class MegatronTrainer:
+    """One rank of a Llama, trained or frozen."""
+
+    def __init__(self, config: TrainerConfig, context: RankContext | None = None) -> None:
+        """Load `config.model`, cut for this rank.
+
+        Args:
+            context: this process's place, from `init_rank`; without it the process becomes a world of its own.
+
+        Raises:
+            CheckpointError: the directory is missing, damaged or another architecture's.
+            LayoutError: the model cannot be cut that way.
+            ConfigError: settings contradict each other or the model.
+        """
+        source, self.model_config = open_model(config)
+        if config.trainable:
+            check_schedule(config.optimizer, steps=config.steps)
+        self.config = config
+        self._owns_context = context is None
+        self.context = context or init_rank(parallel=config.parallel, device=config.training.device, seed=config.seed)
+        self._open = True
+        dtype = config.training.dtype
+        try:
+            self._module = build_model(self.model_config, self.context, dtype)
+            with translated_errors():
+                load_weights(self._module, self.model_config, self.context, source)
+            self._optimization: Optimization | None = None
+            if config.trainable:
+                self._optimization = Optimization(self._module, config.optimizer, steps=config.steps, dtype=dtype)
+            else:
+                self._module.requires_grad_(False)
+        except BaseException:
+            self.close()
+            raise
+
+    def logprobs(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [N], log-prob of each token given those before it in its sequence; 0 for the first of a sequence.
+
+        Raises:
+            ConfigError: the model has a score head.
+            DataError: a sequence or token that the model does not know.
+        """
+        self._need_head("lm", "log-probs")
+        micros = self._micros(batch, unit="sequence")
+        result = np.zeros(len(batch.tokens), np.float32)
+        for micro, values in zip(micros, forward(self._module, micros, read_logprobs(self.model_config.vocab_size))):
+            for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
+                if len(part):
+                    result[batch.offsets[row] : batch.offsets[row + 1]] = part
+        return self._joined(result)
+
+    def scores(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [B], the scalar at the last token of each sequence; raises as `logprobs`, for the other head."""
+        self._need_head("score", "scores")
+        micros = self._micros(batch, unit="sequence")
+        result = np.zeros(len(batch), np.float32)
+        for micro, values in zip(micros, forward(self._module, micros, read_scores)):
+            result[micro.indices] = values.cpu().numpy()
+        return self._joined(result)
+
+    def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
+        """One optimizer update on the whole batch, however it is cut.
+
+        Returns:
+            `loss`, `grad_norm`, `lr`, `tokens` (of the batch), `seconds`, and the loss's own metrics.
+        Raises:
+            ConfigError: the model is frozen, or has the wrong head for the loss.
+            DataError: the batch does not fit the loss or the model.
+            AlignError: loss or gradient is not finite; the weights are left as they were.
+        """
+        started = time.perf_counter()
+        optimization = self._trained()
+        prepared = prepare_loss(loss, batch, head=self.model_config.head)
+        micros = self._micros(prepared.batch, unit=prepared.unit)
+        read = read_scores if self.model_config.head == "score" else read_logprobs(self.model_config.vocab_size)
+        number = optimization.steps_done
+        optimization.zero_grad()
+        try:
+            parts = forward_backward(optimization.model, micros, read, prepared.compute)
+        except InputError as error:
+            raise AlignError(f"step {number}: {type(loss).__name__} cannot be computed: {error}") from error
+        metrics = self._summed(parts)
+        if not math.isfinite(metrics["loss"]):
+            raise AlignError(f"the loss of step {number} is {metrics['loss']}; look at that step's data")
+        update = optimization.step()
+        return {
+            **metrics,
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "tokens": float(len(batch.tokens)),
+            "seconds": time.perf_counter() - started,
+        }
+
+    def weights(self) -> HeldWeights:
+        """A copy of the current weights; for a world of one rank.
+
+        Raises:
+            LayoutError: there are more ranks, each with its own part; let each call `write_weights`.
+        """
+        if self.context.parallel.world_size > 1:
+            raise LayoutError(
+                f"this is one of {self.context.parallel.world_size} ranks and holds a part of the weights; "
+                "call write_weights on every rank"
+            )
+        metas = self.weights_layout()
+        buffer = np.empty(total_bytes(metas), np.uint8)
+        return HeldWeights(metas, buffer, self._write(metas, buffer))
+
+    def weights_layout(self) -> list[ParamMeta]:
+        """Every weight of the whole model; in a weights file they lie end to end in this order."""
+        return weight_metas(self.model_config, self.config.training.dtype)
+
+    def write_weights(self, file: Path) -> dict[str, int]:
+        """Copy the pieces that this rank owns into their places in `file`, which must have its full size already.
+
+        Every rank calls it, for the same file. Returns this rank's share of the weights' checksums: those of all ranks,
+        added up modulo 2^64, are `align_core.types.checksum` of each weight.
+        """
+        metas = self.weights_layout()
+        size = file.stat().st_size
+        if size != total_bytes(metas):
+            raise DataError(f"weights file {str(file)!r} has {size} bytes; the model needs {total_bytes(metas)}")
+        return self._write(metas, np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)))
+
+    def save(self, path: Path, state: Mapping[str, str]) -> None:
+        """Write all that is needed to continue, atomically; every rank calls it."""
+        save_checkpoint(
+            Path(path),
+            model=self._module,
+            optimization=self._trained(),
+            config=self.model_config,
+            context=self.context,
+            state=state,
+        )
+
+    def load(self, path: Path) -> Mapping[str, str]:
+        """Continue from `save`, on any parallel layout; returns the `state` saved with it; every rank calls it."""
+        return load_checkpoint(
+            Path(path),
+            model=self._module,
+            optimization=self._trained(),
+            config=self.model_config,
+            context=self.context,
+        )
+
+    def export(self, path: Path) -> None:
+        """Write a Megatron checkpoint directory, config and tokenizer beside it, atomically; every rank calls it."""
+        layout = layout_of(self.config.parallel)
+        dtype = DTYPES[self.config.training.dtype]
+        with shared_directory(Path(path), self.context) as partial:
+            if self.context.data == 0:
+                write_megatron_rank(
+                    partial,
+                    config=self.model_config,
+                    layout=layout,
+                    rank=Rank(tp=self.context.tensor, pp=self.context.pipeline),
+                    chunks=[dict(self._module.named_parameters())],
+                    dtype=dtype,
+                )
+            dist.barrier()
+            if self.context.rank == 0:
+                finish_megatron(
+                    partial, config=self.model_config, layout=layout, dtype=dtype, carry_from=self.config.model
+                )
+
+    def close(self) -> None:
+        """Give up the model and, if it was made here, the process group; calling it again does nothing."""
+        if not self._open:
+            return
+        self._open = False
+        self.__dict__.pop("_module", None)
+        self.__dict__.pop("_optimization", None)
+        if self._owns_context:
+            close_rank()
+
+    def _trained(self) -> Optimization:
+        if self._optimization is None:
+            raise ConfigError("this model is frozen: it has no optimizer to step, save or load; make it trainable")
+        return self._optimization
+
+    def _need_head(self, head: str, what: str) -> None:
+        if self.model_config.head != head:
+            raise ConfigError(f"{what} need a model with head {head!r}; this one has {self.model_config.head!r}")
+
+    def _micros(self, batch: Batch, *, unit: Unit) -> list[MicroBatch]:
+        """This data-parallel rank's part of the batch."""
+        self._check_batch(batch)
+        parallel = self.context.parallel
+        plan = cut(batch, unit=unit, budget=self.config.training.micro_batch_tokens, ranks=parallel.data)
+        return [
+            pack(batch, indices, multiple=parallel.tensor, device=self.context.device)
+            for indices in plan[self.context.data]
+        ]
+
+    def _check_batch(self, batch: Batch) -> None:
+        if len(batch) == 0:
+            raise DataError("the batch is empty; give at least one sequence")
+        longest, limit = int(batch.lengths.max()), self.model_config.max_positions
+        if longest > limit:
+            raise DataError(
+                f"sequence {int(batch.lengths.argmax())} has {longest} tokens; the model has {limit} positions: "
+                f"set max_length to at most {limit}"
+            )
+        low, high = int(batch.tokens.min()), int(batch.tokens.max())
+        if low < 0 or high >= self.model_config.vocab_size:
+            raise DataError(
+                f"token ids reach from {low} to {high}; the model knows 0 to {self.model_config.vocab_size - 1}: "
+                "use the tokenizer that belongs to the model"
+            )
+
+    def _joined(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The sum over ranks of what each copy's speaker computed; zeros elsewhere."""
+        if self.context.parallel.world_size == 1:
+            return part
+        total = torch.from_numpy(part if self.context.speaks else np.zeros_like(part))
+        dist.all_reduce(total)
+        return total.numpy()
+
+    def _summed(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Metrics of all micro-batches and copies, key by key."""
+        own: dict[str, float] = {}
+        for part in parts if self.context.speaks else []:
+            for name, value in part.items():
+                own[name] = own.get(name, 0.0) + float(value)
+        everyone: list[dict[str, float]] = [{} for _ in range(self.context.parallel.world_size)]
+        dist.all_gather_object(everyone, own)
+        totals: dict[str, float] = {}
+        for each in everyone:
+            for name, number in each.items():
+                totals[name] = totals.get(name, 0.0) + number
+        return totals
+
+    def _write(self, metas: list[ParamMeta], buffer: NDArray[np.uint8]) -> dict[str, int]:
+        if self.context.data:
+            return {}
+        tensors = dict(self._module.named_parameters())
+        return write_pieces(tensors, plan_of(self.model_config, self.context), metas, buffer)
