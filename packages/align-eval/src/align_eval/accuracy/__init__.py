@@ -1,0 +1,1 @@
+"""Accuracy on tasks whose answers a program can check."""
