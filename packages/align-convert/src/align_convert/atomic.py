@@ -4,8 +4,8 @@ Knows nothing about checkpoints but how to recognise one, so that `overwrite` ca
 """
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,9 +57,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `path` when the block ends well, and is removed when it does not."""
     path = path.absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    temporary = _sibling(path, "partial")
+    temporary.mkdir()
     try:
-        temporary.chmod(0o755)  # mkdtemp makes it private; a checkpoint is an ordinary directory
         yield temporary
         for folder, _, _ in os.walk(temporary):
             _sync_directory(Path(folder))
@@ -74,7 +74,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file open for writing that appears under its name, fsynced, when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary = _sibling(path, "partial")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -92,15 +92,19 @@ def _replace_directory(new: Path, old: Path) -> None:
     if not old.exists() or not any(old.iterdir()):
         new.rename(old)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{old.name}.replaced-", dir=old.parent)) / old.name
+    aside = _sibling(old, "replaced")
     old.rename(aside)
     try:
         new.rename(old)
     except OSError:
         aside.rename(old)
         raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    shutil.rmtree(aside)
+
+
+def _sibling(path: Path, purpose: str) -> Path:
+    """A hidden name beside `path`, on the same disk, that no other process uses."""
+    return path.with_name(f".{path.name}.{purpose}-{secrets.token_hex(4)}")
 
 
 def _sync_directory(path: Path) -> None:

@@ -170,7 +170,7 @@ def read_config_json(path: Path) -> dict[str, object]:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{str(path)!r} has no config.json; give a Hugging Face model directory") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{str(file)!r} cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{str(file)!r} holds a JSON {type(raw).__name__}, not an object")

@@ -4,6 +4,8 @@ from dataclasses import asdict
 from math import prod
 from typing import TypedDict
 
+import torch
+
 from align_convert.dtypes import dtype_name
 from align_convert.formats.megatron_reader import MegatronReader
 from align_convert.source import Source
@@ -32,11 +34,10 @@ class Description(TypedDict):
 
 
 def describe(source: Source) -> Description:
-    """Format, layout, model settings and tensors of a source."""
-    tensors = [
-        TensorDescription(name=name, shape=list(shape), dtype=dtype_name(dtype), bytes=prod(shape) * dtype.itemsize)
-        for name, (shape, dtype) in source.tensors().items()
-    ]
+    """Format, layout, model settings and tensors of a source, in the model's order; tensors unknown to it come last."""
+    stored = source.tensors()
+    in_order = [name for name in source.config.tensors() if name in stored]
+    tensors = [_tensor(name, *stored[name]) for name in [*in_order, *(name for name in stored if name not in in_order)]]
     model = {key: value for key, value in asdict(source.config).items() if key != "hf"}
     is_megatron = isinstance(source, MegatronReader)
     return Description(
@@ -53,6 +54,10 @@ def describe(source: Source) -> Description:
 def weight_bytes(source: Source) -> int:
     """Bytes of all Hugging Face tensors as stored."""
     return sum(prod(shape) * dtype.itemsize for shape, dtype in source.tensors().values())
+
+
+def _tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorDescription:
+    return TensorDescription(name=name, shape=list(shape), dtype=dtype_name(dtype), bytes=prod(shape) * dtype.itemsize)
 
 
 def _layout(source: MegatronReader) -> dict[str, object]:

@@ -138,7 +138,7 @@ def _read_index(directory: Path) -> dict[str, str]:
         raise FormatError(f"{str(directory)!r} has neither {_SINGLE!r} nor {_INDEX!r}{remedy}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{str(file)!r} cannot be read as JSON: {error}") from error
     weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:

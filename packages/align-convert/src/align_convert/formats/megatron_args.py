@@ -117,7 +117,7 @@ def config_from_args(args: Namespace, *, head: Head, dtype: torch.dtype) -> Mode
         "max_position_embeddings": _need(args, "max_position_embeddings"),
         "hidden_act": "silu",
         "rms_norm_eps": _need(args, "norm_epsilon", "layernorm_epsilon"),
-        "rope_theta": float(str(_need(args, "rotary_base"))),
+        "rope_theta": _need(args, "rotary_base"),
         "tie_word_embeddings": not _need(args, "untie_embeddings_and_output_weights"),
         "torch_dtype": dtype_name(dtype),
     }

@@ -63,6 +63,7 @@ class MegatronReader:
             self.layout = layout_from_args(args, vocab_size=self.config.vocab_size)
         self._check_folders()
         self.layout.check(self.config)
+        self._shapes = self.config.tensors()
         self._index = self._build_index()
 
     def read(self, rank: Rank) -> dict[str, torch.Tensor]:
@@ -72,11 +73,11 @@ class MegatronReader:
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every Hugging Face tensor that can be read from here."""
-        return {name: (shape, self._dtype_of(name)) for name, shape in self.config.tensors().items()}
+        return {name: (shape, self._dtype_of(name)) for name, shape in self._shapes.items()}
 
     def read_hf(self, name: str, index: Index | None = None) -> torch.Tensor:
         """The values of a Hugging Face tensor, or of a rectangle of it, gathered from the ranks that hold them."""
-        shape = self.config.tensors().get(name)
+        shape = self._shapes.get(name)
         if shape is None:
             raise FormatError(f"{str(self.directory)!r} has no tensor {name!r}")
         index = index if index is not None else tuple((0, size) for size in shape)
@@ -189,7 +190,7 @@ class MegatronReader:
         return dtype
 
     def _build_index(self) -> dict[str, _Tensor]:
-        index = {name: _Tensor() for name in self.config.tensors()}
+        index = {name: _Tensor() for name in self._shapes}
         for rank in self.layout.ranks():
             for shard in rank_plan(self.config, self.layout, rank):
                 _enter(index, rank, shard)

@@ -6,6 +6,7 @@ weights do not need, become inert stand-ins; every other name in the pickle is r
 
 import argparse
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -16,7 +17,19 @@ from align_convert.errors import FormatError
 _INERT_MODULES = ("megatron.", "numpy.", "signal.", "transformer_engine.", "types.SimpleNamespace", "pathlib.", "_io.")
 
 # What torch raises on damaged files, depending on which byte is wrong.
-_DAMAGE = (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+_DAMAGE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+)
 
 
 class Inert:
