@@ -3,6 +3,8 @@ everything runs. Used by every nox session (noxfile.py) and by every pytest run 
 
 A module of its own rather than a part of the noxfile, because pytest run by hand must meet the same environment, and
 nox is not installed where pytest runs. Knows nothing of sessions or of align; needs the standard library only.
+Switches without which vLLM or Ray would not work are none of its business: the packages set those for their users
+(align_rollout.environment, align_core.ray.cluster), and a test must fail when they forget to.
 """
 
 import hashlib
@@ -29,12 +31,6 @@ _VARIABLES = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     # With as many threads as cores, busy cores made vLLM seven times slower (spinning barriers).
     "OMP_NUM_THREADS": "1",
-    # Otherwise two helpers of vLLM's sampler are compiled with g++ at the first request: slow, and fatal without g++.
-    "TORCHDYNAMO_DISABLE": "1",
-    # Pinning by NUMA node asserts "Not enough allowed NUMA nodes" when tensor parallel ranks outnumber the nodes.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Ray starts its workers at nice 15, which starves them on a busy machine.
-    "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
 }

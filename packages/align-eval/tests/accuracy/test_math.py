@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 
+from align_core.conformance.reward import check_reward
 from align_core.errors import DataError
 from align_eval.accuracy.math import MathReward, extract, grade, parse_gold, parse_number
 
@@ -165,6 +166,11 @@ def test_reward_scores_each_completion_and_explains_missing_gold() -> None:
     assert [score.value for score in scores] == [1.0, None, None, 0.0]
     assert [score.extracted for score in scores] == ["72", "", "", "72"]
     assert "'x' names no number" in scores[2].error
+
+
+def test_reward_keeps_the_contract() -> None:
+    columns = {"answer": ["72", "x", 5, "#### 9"], "id": [1, 2, 3, 4]}
+    check_reward(MathReward(), prompts=["q"] * 4, completions=["#### 72", "72", "no idea", "9"], columns=columns)
 
 
 def test_reward_scores_text_without_answer_as_wrong_not_as_failed() -> None:
