@@ -25,7 +25,7 @@ def _weights(seed: int) -> dict[str, NDArray[np.float32]]:
 
 
 def _prompt(last: int) -> Prompt:
-    return Prompt(id=1, tokens=np.array([5, last], np.int32))
+    return Prompt(id=1, tokens=np.array([0, last], np.int32))
 
 
 def test_fake_engine_conforms() -> None:
