@@ -20,6 +20,7 @@ _HELP = {
     "dpo": "preference optimisation without sampling",
     "grpo": "policy optimisation with a verifiable reward or a reward model",
     "data": "write the stages' files from public data sets",
+    "make-model": "write the models that need no download",
     "tutorial": "the whole road on a model made on the spot, ending in a report",
     "doctor": "what this machine can run, and why not",
 }
@@ -110,6 +111,12 @@ def _data(words: list[str]) -> int:
     return prepare(words)
 
 
+def _make_model(words: list[str]) -> int:
+    from align_core.tutorial.make_model import main as make_model  # noqa: PLC0415
+
+    return make_model(words)
+
+
 def _doctor(words: list[str]) -> int:
     from align_core.doctor import main as doctor  # noqa: PLC0415
 
@@ -119,6 +126,7 @@ def _doctor(words: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{name: _stage(name) for name in ("sft", "reward", "dpo", "grpo")},
     "data": _data,
+    "make-model": _make_model,
     "tutorial": _tutorial,
     "doctor": _doctor,
 }

@@ -244,6 +244,11 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "batch_size", "max_length", "save_every")
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ConfigError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves none of the {self.steps} steps at full "
+                f"learning rate; use at most {self.steps - 1}"
+            )
         if self.cluster.in_process and self.parallel.world_size > 1:
             raise ConfigError(
                 f"cluster.in_process runs one rank, parallel asks for {self.parallel.world_size}; leave it off to use Ray"

@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,23 +12,32 @@ from typing import TextIO
 
 from align_core.atomic import new_directory
 from align_core.errors import DataError
+from align_core.tutorial.additions import write_additions
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, str]
 
+_TAG = "\n\nAssistant:"
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes, which people do not write
 _FINAL = re.compile(r"####\s*(-?[\d,]+)\s*\Z")
 
 
 def main(words: Sequence[str]) -> int:
-    """`align data prepare {gsm8k,hh} --source FILE --out DIR`."""
+    """`align data prepare {additions,gsm8k,hh} [--source FILE] --out DIR`."""
     parser = argparse.ArgumentParser(prog="align data", description=__doc__)
     parser.add_argument("action", choices=["prepare"])
-    parser.add_argument("dataset", choices=sorted(_DATASETS))
-    parser.add_argument("--source", type=Path, required=True, help="the original file (JSON lines, .gz is fine)")
+    parser.add_argument("dataset", choices=["additions", *sorted(_DATASETS)])
+    parser.add_argument("--source", type=Path, help="the original file (JSON lines, .gz is fine); none for additions")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; replaced if it exists")
     parser.add_argument("--held_out", type=int, default=200, help="records kept for testing (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="which records are held out (default 0)")
     options = parser.parse_args(list(words))
+    if options.dataset == "additions":
+        write_additions(options.out, seed=options.seed)
+        return 0
+    if options.source is None:
+        raise DataError(f"{options.dataset} is prepared from its original file; give --source FILE")
     prepare(options.dataset, options.source, options.out, held_out=options.held_out, seed=options.seed)
     return 0
 
@@ -64,7 +74,7 @@ def _gsm8k(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Map
 def _hh(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Mapping[str, Iterable[Row]]:
     """Dialogues in the Human/Assistant template; the last assistant's turn is the response."""
     del rng  # nothing is drawn here
-    train_pairs, test_pairs = [_dialogue_pair(r) for r in train], [_dialogue_pair(r) for r in test]
+    train_pairs, test_pairs = _dialogue_pairs(train), _dialogue_pairs(test)
     return {
         "sft": [{"prompt": r["prompt"], "response": r["chosen"]} for r in train_pairs],
         "preferences": train_pairs,
@@ -90,14 +100,19 @@ def _spoilt_pair(row: Row, rng: random.Random) -> Row:
     return {"prompt": row["question"], "chosen": solution, "rejected": f"{solution[: match.start()]}#### {wrong}"}
 
 
-def _dialogue_pair(row: Row) -> Row:
-    tag = "\n\nAssistant:"
-    chosen, rejected = row.get("chosen", ""), row.get("rejected", "")
-    prompt, found, answer = chosen.rpartition(tag)
-    other = rejected.rpartition(tag)[2]
-    if not found or not answer.strip() or not other.strip():
-        raise DataError(f"not an HH record: {row!r}; expected 'chosen' and 'rejected' dialogues that end in an answer")
-    return {"prompt": prompt + tag, "chosen": answer, "rejected": other}
+def _dialogue_pairs(rows: Sequence[Row]) -> list[Row]:
+    """Pairs of answers; a record in which either answer is empty is left out and counted in the log."""
+    pairs = []
+    for row in rows:
+        prompt, tag, chosen = row.get("chosen", "").rpartition(_TAG)
+        rejected = row.get("rejected", "").rpartition(_TAG)[2]
+        if not tag:
+            raise DataError(f"not an HH record: {row!r}; expected dialogues 'chosen' and 'rejected' with {_TAG!r}")
+        if chosen.strip() and rejected.strip():
+            pairs.append({"prompt": prompt + tag, "chosen": chosen, "rejected": rejected})
+    if len(pairs) < len(rows):
+        logger.warning("left out %d of %d records, in which an answer is empty", len(rows) - len(pairs), len(rows))
+    return pairs
 
 
 def _read(source: Path) -> Iterator[Row]:

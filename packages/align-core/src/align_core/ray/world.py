@@ -30,15 +30,15 @@ class RayWorld:
     """Every role colocated: rank i of each trainer and of each engine is on GPU i (or anywhere, on CPU)."""
 
     def __init__(self, config: ClusterConfig) -> None:
-        cluster.start(config)
-        self._gpus = int(ray.cluster_resources().get("GPU", 0))
-        bundle = {"GPU": 1} if self._gpus else {"CPU": 0.01}
-        self._group = placement_group([bundle] * max(self._gpus, 1), strategy="PACK")
-        ray.get(self._group.ready())
+        """Starts nothing yet: a stage checks its data first, and asks for processes then."""
+        self._config = config
+        self._gpus = 0
+        self._group: Any = None
         self._opened: list[RayTrainer | RayEngine] = []
 
     def trainer(self, config: TrainerConfig) -> Model:
         """A model over `config.parallel.world_size` processes."""
+        self._start()
         world_size = config.parallel.world_size
         role = f"{'trainer' if config.trainable else 'frozen'} {config.head} model {config.model.name}"
         trainer = RayTrainer(config, WorkerGroup(role, self._places(world_size, _TRAINER_SHARE), group=self._group))
@@ -47,6 +47,7 @@ class RayWorld:
 
     def engine(self, model: Path, config: EngineConfig) -> RolloutEngine:
         """An engine of the registry in its own process."""
+        self._start()
         if self._gpus and config.tensor > 1:
             raise ConfigError(f"engine.tensor {config.tensor}: an engine over several GPUs is not there yet; use 1")
         share = _ENGINE_SHARE if self._gpus else 0.0
@@ -59,7 +60,18 @@ class RayWorld:
         """Ends all processes; Ray stays for the next world of this driver."""
         while self._opened:
             self._opened.pop().close()
-        remove_placement_group(self._group)
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+    def _start(self) -> None:
+        if self._group is not None:
+            return
+        cluster.start(self._config)
+        self._gpus = int(ray.cluster_resources().get("GPU", 0))
+        bundle = {"GPU": 1} if self._gpus else {"CPU": 0.01}
+        self._group = placement_group([bundle] * max(self._gpus, 1), strategy="PACK")
+        ray.get(self._group.ready())
 
     def _places(self, ranks: int, share: float) -> list[Place]:
         if not self._gpus:
@@ -75,10 +87,7 @@ class RayTrainer:
     def __init__(self, config: TrainerConfig, workers: WorkerGroup) -> None:
         self._workers = workers
         self._meeting = Path(tempfile.mkdtemp(prefix="align-ranks-"))
-        makers = [
-            partial(_make_rank, config, rank, len(workers), self._meeting / "store") for rank in range(len(workers))
-        ]
-        workers.build(makers)
+        workers.build([partial(_make_rank, config, rank, self._meeting / "store") for rank in range(len(workers))])
 
     def logprobs(self, batch: Batch) -> NDArray[np.float32]:
         """See `align_core.contracts.Trainer`."""
@@ -196,10 +205,19 @@ class _RemoteSink:
         self._workers.call("commit")
 
 
-def _make_rank(config: TrainerConfig, rank: int, world_size: int, store: Path) -> Any:
-    from align_core.megatron.trainer import MegatronTrainer  # noqa: PLC0415  (torch and megatron, in the worker only)
+def _make_rank(config: TrainerConfig, rank: int, meeting: Path) -> Any:
+    # torch and megatron belong to the worker; the driver runs without them.
+    from align_core.megatron.parallel import init_rank  # noqa: PLC0415
+    from align_core.megatron.trainer import MegatronTrainer  # noqa: PLC0415
 
-    return MegatronTrainer(config, rank=rank, world_size=world_size, store=store)
+    context = init_rank(
+        parallel=config.parallel,
+        rank=rank,
+        rendezvous=f"file://{meeting}" if config.parallel.world_size > 1 else None,
+        device=config.training.device,
+        seed=config.seed,
+    )
+    return MegatronTrainer(config, context)
 
 
 def _shared_memory() -> str | None:

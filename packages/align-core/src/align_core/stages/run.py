@@ -76,7 +76,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "config.yaml"
         now = plain(self.config)
-        if path.exists():
+        if path.exists() and (self.finished or _checkpoints(self.out)):
             before = yaml.safe_load(path.read_text(encoding="utf-8"))
             changed = sorted(_changes(before, now))
             if changed:

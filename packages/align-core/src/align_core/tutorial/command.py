@@ -1,0 +1,80 @@
+"""`align tutorial`: walks the whole road and prints where the report is. Run it again to continue."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from align_core.errors import ConfigError
+from align_core.tutorial.report import write_report
+from align_core.tutorial.road import Road, steps_of
+from align_core.tutorial.walk import run_steps
+
+_QUICK_STEPS = 8  # enough to pass through every stage, resume point and conversion; too few to learn
+_QUICK_LIMIT = 40
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs with the words after `align tutorial`."""
+    options = _parser().parse_args(list(words))
+    road = _road(options)
+    console = Console()
+    outcomes = run_steps(steps_of(road), road.out, console)
+    report = write_report(road, outcomes, shlex.join(["align", "tutorial", *words]))
+    console.print(f"the report: {report.resolve()}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="align tutorial", description=__doc__)
+    add = parser.add_argument
+    add("--model", choices=["tiny", "smollm2"], default="tiny", help="made on the spot, or SmolLM2-135M-Instruct")
+    add("--task", choices=["additions", "gsm8k"], help="additions (default of tiny) or gsm8k (default of smollm2)")
+    add("--data", type=Path, help="the original GSM8K file (JSON lines), for --task gsm8k")
+    add("--out", type=Path, help="directory of everything (default runs/tutorial-MODEL)")
+    add("--seed", type=int, default=0, help="of data, initial weights, order and sampling (default 0)")
+    add("--steps", type=int, help="updates of every stage instead of the recipe's")
+    add("--limit", type=int, help="held-out questions to evaluate on (default all, 50 for smollm2)")
+    add("--tensor", type=int, help="tensor parallel size of training (default 2 for tiny, 1 for smollm2)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="precision (default float32)")
+    add("--quick", action="store_true", help="a few steps of everything: tests the road, teaches little")
+    return parser
+
+
+def _road(options: argparse.Namespace) -> Road:
+    """The walk that the options describe; raises ConfigError where they contradict each other."""
+    tiny = options.model == "tiny"
+    task = options.task or ("additions" if tiny else "gsm8k")
+    if tiny != (task == "additions"):
+        raise ConfigError(f"the model {options.model!r} cannot do the task {task!r}: tiny adds, smollm2 does gsm8k")
+    if task == "gsm8k" and (options.data is None or not options.data.is_file()):
+        raise ConfigError(f"the task 'gsm8k' needs its file of questions; give --data FILE (got {options.data})")
+    out: Path = options.out or Path("runs") / f"tutorial-{options.model}"
+    road = Road(
+        recipe=options.model,
+        out=out,
+        seed=options.seed,
+        tensor=options.tensor or (2 if tiny else 1),
+        steps=options.steps,
+        limit=options.limit or (None if tiny else 50),
+        max_tokens=8 if tiny else 256,
+        context=64 if tiny else 1024,
+        dtype=options.dtype,
+        make_model=_words("align", "make-model", options.model, "--out", out / "hf" / "start", "--seed", options.seed),
+        make_data=_data_command(options, task, out / "data"),
+    )
+    if not options.quick:
+        return road
+    return replace(road, steps=options.steps or _QUICK_STEPS, limit=options.limit or _QUICK_LIMIT)
+
+
+def _data_command(options: argparse.Namespace, task: str, out: Path) -> tuple[str, ...]:
+    command = _words("align", "data", "prepare", task, "--out", out, "--seed", options.seed)
+    return command if task == "additions" else (*command, "--source", str(options.data))
+
+
+def _words(*words: object) -> tuple[str, ...]:
+    return tuple(str(word) for word in words)

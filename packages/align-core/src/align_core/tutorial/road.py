@@ -1,0 +1,128 @@
+"""Which commands make up the road: from a Hugging Face directory to models, accuracies and curves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align_core.tutorial.walk import Step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Road:
+    """What distinguishes one walk from another."""
+
+    recipe: str
+    """Recipe of every stage, and name of the model."""
+    out: Path
+    """Directory of the whole walk."""
+    seed: int
+    """Seed of data, initial weights, order and sampling."""
+    tensor: int
+    """Tensor parallel size of the Megatron checkpoint that the walk starts from, and of training."""
+    steps: int | None
+    """Updates of every stage; None keeps the recipe's."""
+    limit: int | None
+    """Held-out questions to evaluate on; None takes all."""
+    max_tokens: int
+    """Most new tokens of an answer in the evaluation."""
+    context: int
+    """Longest prompt plus answer in the evaluation."""
+    dtype: str
+    """Precision of training and generation."""
+    make_model: tuple[str, ...]
+    """Command that makes the Hugging Face directory."""
+    make_data: tuple[str, ...]
+    """Command that writes the data files."""
+
+    @property
+    def start(self) -> Path:
+        """The Hugging Face directory that the walk starts from."""
+        return self.out / "hf" / "start"
+
+    @property
+    def data(self) -> Path:
+        """The directory of the data files."""
+        return self.out / "data"
+
+
+TRAINED = ("sft", "grpo", "grpo_reward_model", "dpo")
+"""Stages whose result is a language model, in the order of the report."""
+
+
+def steps_of(road: Road) -> list[Step]:
+    """Every command, in order."""
+    out = road.out
+    return [
+        Step(name="model", title="Make the model", argv=road.make_model, done=road.start / "config.json"),
+        Step(name="data", title="Write the data", argv=road.make_data, done=road.data / "test.jsonl"),
+        Step(
+            name="to-megatron",
+            title=f"Convert to Megatron, tensor parallel {road.tensor}",
+            argv=("align-convert", "to-megatron", str(road.start), str(out / "megatron"), "--tp", str(road.tensor)),
+            done=out / "megatron" / "latest_checkpointed_iteration.txt",
+        ),
+        _stage(road, "sft", "sft", "Supervised fine-tuning", model=out / "megatron", data="sft"),
+        _stage(
+            road,
+            "reward",
+            "reward",
+            "Reward model",
+            model=_model(road, "sft"),
+            data="preferences",
+            extra=("--eval_data", str(road.data / "test_preferences.jsonl")),
+        ),
+        _stage(road, "grpo", "grpo", "GRPO, verifiable reward", model=_model(road, "sft"), data="prompts"),
+        _stage(
+            road,
+            "grpo_reward_model",
+            "grpo",
+            "GRPO, reward model",
+            model=_model(road, "sft"),
+            data="prompts",
+            extra=("--reward", "model", "--reward_model", str(_model(road, "reward"))),
+        ),
+        _stage(road, "dpo", "dpo", "DPO", model=_model(road, "sft"), data="preferences"),
+        *(
+            Step(
+                name=f"to-hf-{name}",
+                title=f"Convert {name} to Hugging Face",
+                argv=("align-convert", "to-hf", str(_model(road, name)), str(out / "hf" / name)),
+                done=out / "hf" / name / "config.json",
+            )
+            for name in TRAINED
+        ),
+        Step(
+            name="accuracy",
+            title="Accuracy on held-out questions",
+            argv=_accuracy(road),
+            done=out / "accuracy" / "accuracy.json",
+        ),
+    ]
+
+
+def _model(road: Road, stage: str) -> Path:
+    return road.out / stage / "model"
+
+
+def _stage(
+    road: Road, name: str, command: str, title: str, *, model: Path, data: str, extra: Sequence[str] = ()
+) -> Step:
+    out = road.out / name
+    words = ["align", command, "--recipe", road.recipe, "--model", str(model)]
+    words += ["--data", str(road.data / f"{data}.jsonl"), "--out", str(out), "--seed", str(road.seed)]
+    words += ["--parallel.tensor", str(road.tensor), "--training.dtype", road.dtype]
+    if command == "grpo":
+        words += ["--engine.dtype", road.dtype]
+    if road.steps is not None:
+        words += ["--steps", str(road.steps), "--optimizer.warmup_steps", str(road.steps // 10)]
+    return Step(name=name, title=title, argv=(*words, *extra), done=out / "result.json")
+
+
+def _accuracy(road: Road) -> tuple[str, ...]:
+    models = [word for name in ("start", *TRAINED) for word in ("--model", str(road.out / "hf" / name))]
+    limit = ["--limit", str(road.limit)] if road.limit is not None else []
+    return (
+        *("align-eval", "accuracy", *models, "--data", str(road.data / "test.jsonl")),
+        *("--out", str(road.out / "accuracy"), "--max_tokens", str(road.max_tokens)),
+        *("--context", str(road.context), "--dtype", road.dtype, *limit),
+    )
