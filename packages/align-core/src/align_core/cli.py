@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Table
 
 from align_core import __version__, registry
@@ -30,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `align WORDS`; returns the exit status: 0 fine, 2 an error the user can act on, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         return _run(words)
     except AlignError as error:

@@ -21,6 +21,7 @@ from align_rollout.sampling import check_prompts, completion_seed
 from align_rollout.weights import VllmWeightSink
 
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_CPU_PASS_TOKENS = 8192  # most tokens of one forward pass on CPU, where whole prompts must fit
 _CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many tokens on CPU
 
 
@@ -126,7 +127,13 @@ class VllmEngine:
 def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str, Any]:
     """The arguments of vllm.LLM."""
     memory = (
-        {"enforce_eager": True, "kv_cache_memory_bytes": config.kv_cache_mib * 2**20}
+        {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": config.kv_cache_mib * 2**20,
+            # A prompt cut over two passes makes vLLM rewind its seeded generator, which torch's CPU one cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(config.context, _CPU_PASS_TOKENS),
+        }
         if device == "cpu"
         else {"gpu_memory_utilization": config.memory_fraction}
     )
