@@ -32,6 +32,17 @@ def compare(rank: int, vocab_size: int | None, temperature: float, dtype: torch.
         assert_close(gradient, expected_gradient[:, columns], rtol=1e-6, atol=1e-6)
 
 
+def impossible_half(rank: int) -> None:
+    """The first rank's columns are all -inf, the second's all equal: log p = -ln 6 and H = ln 6 = 1.791759 on both."""
+    logits = torch.full((1, COLUMNS), -torch.inf if rank == 0 else 3.0, requires_grad=True)
+    group = dist.group.WORLD
+    logprob = token_logprobs(logits, torch.tensor([COLUMNS]), tp_group=group)
+    entropy = token_entropy(logits, tp_group=group)
+    assert_close(torch.cat([-logprob, entropy]), torch.full((2,), 1.791759))
+    (gradient,) = torch.autograd.grad(logprob.sum() + entropy.sum(), logits)
+    assert torch.isfinite(gradient).all() and (rank == 1 or not gradient.any())
+
+
 def main(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -41,6 +52,7 @@ def main(rank: int, rendezvous: str) -> None:
     compare(rank, 10, 0.7, torch.float32)  # two columns of padding on the last rank
     compare(rank, 5, 1.0, torch.float64)  # the last rank holds only padding
     compare(rank, 10, 1.0, torch.bfloat16)
+    impossible_half(rank)
     try:
         token_logprobs(torch.zeros(1, COLUMNS), torch.tensor([12]), tp_group=dist.group.WORLD)
     except InputError as error:

@@ -152,7 +152,7 @@ def _log_normaliser(logits_NV: Tensor, part: _Slice) -> tuple[Tensor, Tensor]:
     Kept apart because their sum would round away the small differences between log-probabilities of large logits.
     """
     dtype = _precision(logits_NV)
-    # Lowest finite number rather than -inf: -inf - -inf would be NaN where this rank holds only padding.
+    # Lowest finite number rather than -inf: -inf - -inf would be NaN in a row whose columns here are all -inf.
     lowest = torch.finfo(dtype).min
     highest_N = logits_NV.new_full((logits_NV.shape[0],), lowest, dtype=dtype)
     mass_N = torch.zeros_like(highest_N)
