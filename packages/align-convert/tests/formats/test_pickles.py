@@ -5,7 +5,7 @@ import random
 import sys
 import types
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,24 @@ def test_megatrons_own_classes_become_inert(tmp_path: Path, foreign_class: type)
     assert isinstance(model, dict)
     assert (found.tp, type(found.model_type).__name__) == (2, "Inert")
     assert torch.equal(model["w"], torch.ones(2))
+
+
+def test_what_others_registered_with_torch_is_neither_used_nor_lost(tmp_path: Path) -> None:
+    """megatron-core registers Namespace and more for its own loads, which must still work after ours."""
+    torch.save({"args": Namespace()}, tmp_path / "good.pt")
+    torch.save({"args": _Bomb(tmp_path / "boom")}, tmp_path / "bad.pt")
+    before = torch.serialization.get_safe_globals()
+    registered: list[Callable[..., object] | tuple[Callable[..., object], str]]
+    registered = [Namespace, (os.getcwd, "posix.mkdir")]
+    torch.serialization.add_safe_globals(registered)
+    try:
+        load_pickle(tmp_path / "good.pt")
+        with pytest.raises(FormatError, match=r"names 'posix.mkdir'"):
+            load_pickle(tmp_path / "bad.pt")
+        assert set(registered) <= set(torch.serialization.get_safe_globals())
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def test_missing_file_and_other_contents_are_named(tmp_path: Path) -> None:

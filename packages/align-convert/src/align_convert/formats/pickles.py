@@ -7,6 +7,8 @@ weights do not need, become inert stand-ins; every other name in the pickle is r
 import argparse
 import pickle
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,15 +51,14 @@ def load_pickle(path: Path) -> dict[str, object]:
         FormatError: the file is missing, damaged, too old, holds something other than a dictionary, or names code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with _only([argparse.Namespace]):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
         refused = sorted(name for name in unknown if not name.startswith(_INERT_MODULES))
         if refused:
             raise FormatError(
                 f"{str(path)!r} is refused: it names {', '.join(map(repr, refused[:4]))}, which is code, not weights"
             )
-        stand_ins = [(Inert, name) for name in unknown]
-        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+        with _only([argparse.Namespace, *((Inert, name) for name in unknown)]):
             loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise FormatError(f"{str(path)!r} is missing") from None
@@ -67,3 +68,20 @@ def load_pickle(path: Path) -> dict[str, object]:
     if not isinstance(loaded, dict):
         raise FormatError(f"{str(path)!r} holds a {type(loaded).__name__}, not a dictionary")
     return loaded
+
+
+@contextmanager
+def _only(allowed: list[Callable[..., object] | tuple[Callable[..., object], str]]) -> Iterator[None]:
+    """Let torch unpickle these classes and nothing that other libraries have registered; then put theirs back.
+
+    torch's own `safe_globals` would on leaving also remove a class that somebody had registered before, as
+    megatron-core does with Namespace, and so break that library's next load.
+    """
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(registered)
