@@ -203,7 +203,6 @@ def test_check_weight_sink_finds_the_fault(sink: type[_Sink], complaint: str) ->
             first=ArrayWeights(_weights(1)),
             second=ArrayWeights(_weights(2)),
             vocab_size=_VOCAB,
-            context=_CONTEXT,
         )
 
 

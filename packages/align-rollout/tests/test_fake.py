@@ -40,7 +40,7 @@ def test_fake_engine_conforms() -> None:
 def test_fake_sink_conforms() -> None:
     engine = FakeEngine(weights=_weights(0), context=64)
     first, second = ArrayWeights(_weights(1)), ArrayWeights(_weights(2))
-    check_weight_sink(engine, first=first, second=second, vocab_size=_VOCAB, context=64)
+    check_weight_sink(engine, first=first, second=second, vocab_size=_VOCAB)
 
 
 def test_array_weights_conform() -> None:

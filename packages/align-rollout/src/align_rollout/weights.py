@@ -72,7 +72,7 @@ class VllmWeightSink:
         started = time.perf_counter()
         self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
         self._llm.collective_rpc("align_commit")
-        if False:
+        if not self._llm.reset_prefix_cache():
             raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
         self.version = pending.version
         self._broken = ""
