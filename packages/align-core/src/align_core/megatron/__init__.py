@@ -3,14 +3,11 @@
 Importing it imports torch and megatron-core, and starts nothing: no process group, no device.
 """
 
-import warnings
-
 from align_core.errors import missing_dependency
+from align_core.megatron.quiet import quiet_megatron
 
 try:
-    with warnings.catch_warnings():
-        # megatron-core announces on import that Transformer Engine and Apex are absent, which is our normal case.
-        warnings.simplefilter("ignore")
+    with quiet_megatron():
         import megatron.core.dist_checkpointing
         import megatron.core.models.gpt
         import megatron.core.optimizer  # noqa: F401

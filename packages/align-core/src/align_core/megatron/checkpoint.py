@@ -8,7 +8,6 @@ one's own runs are to be loaded: torch_dist metadata is a pickle.
 import contextlib
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from align_core.errors import CheckpointError
 from align_core.megatron.model import LlamaModel
 from align_core.megatron.optimizer import Optimization
 from align_core.megatron.parallel import RankContext
+from align_core.megatron.quiet import quiet_megatron
 
 _RECORD = "align.json"
 _FORMAT = 1
@@ -88,7 +88,7 @@ def save_checkpoint(
         content = _content(model, optimization, is_loading=False)
         content["rng"] = _random_state(context)
         content["scheduler"] = optimization.scheduler.state_dict()
-        with _quiet():
+        with quiet_megatron():
             dist_checkpointing.save(content, str(partial), sharded_strategy=_InProcessWriter())
         if context.rank == 0:
             write_json(
@@ -112,7 +112,7 @@ def load_checkpoint(
     same_layout = record["parallel"] == _layout(context)
     if same_layout:
         content["rng"] = _random_state(context)
-    with _quiet():
+    with quiet_megatron():
         loaded = dist_checkpointing.load(content, str(path))
     model.load_state_dict(loaded["model"])
     optimization.optimizer.load_state_dict(loaded["optimizer"])
@@ -178,13 +178,3 @@ def _restore_random_state(states: Mapping[str, Any]) -> None:
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
     get_cuda_rng_tracker().set_states(states["tracker"])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns that megatron-core uses its sharded tensors, which are deprecated; nothing here can change that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        yield

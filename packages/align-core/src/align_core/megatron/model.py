@@ -4,7 +4,6 @@ The layer is megatron-core's, with torch's RMSNorm and our attention; nothing of
 off: in float32 the model then equals Hugging Face's to rounding. Where each weight lies is `align_convert`'s knowledge.
 """
 
-import warnings
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from align_core.errors import CheckpointError
 from align_core.megatron import cpu
 from align_core.megatron.attention import PackedAttention, Rotary, rotary_frequencies
 from align_core.megatron.parallel import RankContext
+from align_core.megatron.quiet import quiet_megatron
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Each rank's share of the vocabulary is a multiple of this: matrices of odd width miss the fast kernels of GPUs.
@@ -84,15 +84,14 @@ def plan_of(config: ModelConfig, context: RankContext) -> tuple[Shard, ...]:
     return rank_plan(config, layout_of(context.parallel), Rank(tp=context.tensor, pp=context.pipeline))
 
 
+@quiet_megatron()
 def build_model(config: ModelConfig, context: RankContext, dtype: Dtype) -> LlamaModel:
     """This rank's part of the model, its weights not yet set."""
     layers = config.num_layers // context.parallel.pipeline
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a default of megatron-core's own, for CUDA graphs, is deprecated
-        transformer = _transformer_config(config, context, DTYPES[dtype])
+    transformer = _transformer_config(config, context, DTYPES[dtype])
     model = LlamaModel(
         config=transformer,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer_spec()] * layers, layer_norm=Norm),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=Norm),
         vocab_size=layout_of(context.parallel).padded_vocab(config.vocab_size),
         max_sequence_length=config.max_positions,
         pre_process=context.is_first_stage,
@@ -187,7 +186,7 @@ def _leave(weight: Tensor) -> Tensor:
     return weight
 
 
-def _layer_spec() -> ModuleSpec:
+def _layer_spec(config: ModelConfig) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -203,7 +202,9 @@ def _layer_spec() -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                params={"ffn_hidden_size": config.ffn_size},
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,

@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from align_core.config import Dtype, OptimizerConfig
 from align_core.errors import AlignError, ConfigError
 from align_core.megatron.model import DTYPES, LlamaModel
+from align_core.megatron.quiet import quiet_megatron
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class Update:
 class Optimization:
     """One rank's gradients, optimizer and schedule."""
 
+    @quiet_megatron()
     def __init__(self, model: LlamaModel, config: OptimizerConfig, *, steps: int, dtype: Dtype) -> None:
         check_schedule(config, steps=steps)
         self.model: Any = DistributedDataParallel(
@@ -87,6 +89,7 @@ class Optimization:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    @quiet_megatron()
     def step(self) -> Update:
         """Clip, update, move the schedule on.
 

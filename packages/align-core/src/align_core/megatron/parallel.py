@@ -4,7 +4,7 @@ A single process needs no launcher and no port. Several models of one process sh
 called again with the same sizes; the groups go when the last user has called `close_rank`. Knows nothing about models.
 """
 
-import warnings
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -91,13 +91,13 @@ def init_rank(
         return _join(rank=rank, parallel=parallel, device=where)
     if rendezvous is None and parallel.world_size > 1:
         raise ConfigError(f"{parallel.world_size} ranks need a rendezvous, for example 'tcp://HOST:PORT'")
-    # megatron-core 0.16 calls collectives by names that torch 2.13 deprecates.
-    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     if where.type == "cpu":
-        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS", category=UserWarning)
         cpu.install()
         torch.set_num_threads(1)  # ranks share the cores; gloo and the autograd engine have threads of their own
     else:
+        # With one queue, gradients leave for the other tensor-parallel ranks while the next product is computed; read
+        # when CUDA starts in this process.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(where)
     store, init_method = (None, rendezvous) if isinstance(rendezvous, str) else (rendezvous or HashStore(), None)
     dist.init_process_group(

@@ -16,6 +16,7 @@ from torch import Tensor
 from align_algos.logprobs import token_logprobs
 from align_algos.losses import LossOutput
 from align_core.megatron.microbatch import MicroBatch
+from align_core.megatron.quiet import quiet_megatron
 
 Read = Callable[[Tensor, MicroBatch], Tensor]
 """What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N] or scores [B]."""
@@ -68,6 +69,7 @@ def forward_backward(
     return _run(model, micros, evaluate, forward_only=False)
 
 
+@quiet_megatron()
 def _run(model: Any, micros: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
     def step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
