@@ -33,8 +33,8 @@ def run_ranks(
         pipes, processes = [], []
         for rank in range(parallel.world_size):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
-            job = (sender, source, rank, parallel, f"file://{folder}/store", arguments)
-            process = _CONTEXT.Process(target=_rank, args=job, daemon=True)
+            place = {"parallel": parallel, "rank": rank, "rendezvous": f"file://{folder}/store"}
+            process = _CONTEXT.Process(target=_rank, args=(sender, source, place, arguments), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -65,13 +65,11 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
     return [results[rank] for rank in range(len(pipes))]
 
 
-def _rank(
-    sender: Connection, source: tuple[str, str], rank: int, parallel: ParallelConfig, store: str, arguments: Any
-) -> None:
+def _rank(sender: Connection, source: tuple[str, str], place: dict[str, Any], arguments: Any) -> None:
     from align_core.megatron import close_rank, init_rank
 
     try:
-        context = init_rank(parallel=parallel, rank=rank, rendezvous=store, device="cpu", timeout_s=60)
+        context = init_rank(**place, device="cpu", timeout_s=60)
         result = _load(*source)(context, *arguments)
         close_rank()
     except BaseException:

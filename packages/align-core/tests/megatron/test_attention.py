@@ -37,10 +37,10 @@ def test_packed_attention_equals_each_sequence_alone() -> None:
 
     parts = []
     for q, k, v in zip(*(tensor[:, 0].split(lengths) for tensor in inputs)):
-        k, v = (head.repeat_interleave(2, dim=1) for head in (k, v))
-        weights = torch.einsum("qhd,khd->hqk", q, k) / 6**0.5
+        weights = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, dim=1)) / 6**0.5
         future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-        parts.append(torch.einsum("hqk,khd->qhd", weights.masked_fill(future, -torch.inf).softmax(-1), v))
+        shares = weights.masked_fill(future, -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hqk,khd->qhd", shares, v.repeat_interleave(2, dim=1)))
     expected = torch.cat(parts)[:, None]
     expected_grads = torch.autograd.grad((expected * upstream).sum(), inputs)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

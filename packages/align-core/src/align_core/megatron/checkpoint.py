@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
@@ -85,15 +87,20 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimizer, schedule, random state and `state`; every rank calls it."""
     with shared_directory(path, context) as partial:
-        content = _content(model, optimization, is_loading=False)
+        content = _content(model, optimization if optimization.steps_done else None, is_loading=False)
         content["rng"] = _random_state(context)
         content["scheduler"] = optimization.scheduler.state_dict()
         with quiet_megatron():
             dist_checkpointing.save(content, str(partial), sharded_strategy=_InProcessWriter())
         if context.rank == 0:
-            write_json(
-                partial / _RECORD, {**_identity(config), **_progress(optimization, context), "state": dict(state)}
-            )
+            record = {
+                "format": _FORMAT,
+                "step": optimization.steps_done,
+                "parallel": _layout(context),
+                "state": dict(state),
+                "tensors": _shapes(config),
+            }
+            write_json(partial / _RECORD, record)
 
 
 def load_checkpoint(
@@ -105,18 +112,19 @@ def load_checkpoint(
         CheckpointError: nothing there, incomplete, or another model's.
     """
     record = read_record(path)
-    for key, value in _identity(config).items():
-        if record.get(key) != value:
-            raise CheckpointError(f"{str(path)!r} was saved with {key} {record.get(key)!r}; this run has {value!r}")
-    content = _content(model, optimization, is_loading=True)
+    _check_model(path, record["tensors"], config)
+    # AdamW has no state before its first step, so there is none to ask for.
+    content = _content(model, optimization if record["step"] else None, is_loading=True)
     same_layout = record["parallel"] == _layout(context)
     if same_layout:
         content["rng"] = _random_state(context)
-    with quiet_megatron():
-        loaded = dist_checkpointing.load(content, str(path))
+    try:
+        with quiet_megatron():
+            loaded = dist_checkpointing.load(content, str(path))
+    except (CheckpointingException, CheckpointException, OSError) as error:
+        raise CheckpointError(f"the checkpoint {str(path)!r} cannot be read: {error}") from error
     model.load_state_dict(loaded["model"])
-    optimization.optimizer.load_state_dict(loaded["optimizer"])
-    optimization.load_scheduler(loaded["scheduler"])
+    optimization.restore(loaded.get("optimizer"), loaded["scheduler"])
     if same_layout:
         _restore_random_state(loaded["rng"])
     return dict(record["state"])
@@ -131,29 +139,34 @@ def read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{str(path / _RECORD)!r} is damaged: {error}") from error
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
-        raise CheckpointError(f"{str(path / _RECORD)!r} is not of format {_FORMAT}; it was written by another version")
+        found = record.get("format") if isinstance(record, dict) else None
+        raise CheckpointError(f"{str(path / _RECORD)!r} is of format {found}; this version reads {_FORMAT}")
     return record
 
 
-def _content(model: LlamaModel, optimization: Optimization, *, is_loading: bool) -> dict[str, Any]:
+def _content(model: LlamaModel, optimization: Optimization | None, *, is_loading: bool) -> dict[str, Any]:
+    """The tensors of a checkpoint; when loading, the places that they go to."""
     weights = model.sharded_state_dict()
+    if optimization is None:
+        return {"model": weights}
     # The optimizer replaces entries of the mapping that it is given.
     states = optimization.optimizer.sharded_state_dict(dict(weights), is_loading=is_loading)
     return {"model": weights, "optimizer": states}
 
 
-def _identity(config: ModelConfig) -> dict[str, object]:
-    """What must be the same to continue."""
-    return {
-        "format": _FORMAT,
-        "family": config.family,
-        "head": config.head,
-        "tensors": {name: list(shape) for name, shape in config.tensors().items()},
-    }
+def _shapes(config: ModelConfig) -> dict[str, list[int]]:
+    return {name: list(shape) for name, shape in config.tensors().items()}
 
 
-def _progress(optimization: Optimization, context: RankContext) -> dict[str, object]:
-    return {"step": optimization.steps_done, "parallel": _layout(context)}
+def _check_model(path: Path, saved: Mapping[str, list[int]], config: ModelConfig) -> None:
+    """Refuse a checkpoint whose tensors are not this model's."""
+    wanted = _shapes(config)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if saved.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{str(path)!r} is a checkpoint of another model: {name!r} has shape {saved.get(name)} there and "
+                f"{wanted.get(name)} here"
+            )
 
 
 def _layout(context: RankContext) -> dict[str, int]:

@@ -110,10 +110,20 @@ class Optimization:
         self.scheduler.step(1)
         return Update(grad_norm=norm, lr=rate)
 
-    def load_scheduler(self, state: dict[str, Any]) -> None:
-        """Continue a schedule: its position comes from `state`, its shape from this run's settings."""
+    def restore(self, state: dict[str, Any] | None, schedule: dict[str, Any]) -> None:
+        """Continue from a checkpoint, after the model has its weights.
+
+        Args:
+            state: of the optimizer; None for a checkpoint of before the first step.
+            schedule: its position is taken; its shape is this run's settings.
+        """
+        if state is None:
+            self.optimizer.optimizer.state.clear()
+            self.optimizer.reload_model_params()
+        else:
+            self.optimizer.load_state_dict(state)
         self.scheduler.num_steps = 0  # load_state_dict adds to it
-        self.scheduler.load_state_dict(state)
+        self.scheduler.load_state_dict(schedule)
 
 
 def check_schedule(config: OptimizerConfig, *, steps: int) -> None:

@@ -1,0 +1,141 @@
+"""What the trainer refuses, and that a refused step leaves the weights alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron_llama import ragged_batch
+
+from align_core.config import (
+    DpoLoss,
+    GrpoLoss,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardLoss,
+    SftLoss,
+    TrainerConfig,
+    TrainingConfig,
+)
+from align_core.errors import AlignError, CheckpointError, ConfigError, DataError, LayoutError
+from align_core.megatron import MegatronTrainer
+from align_core.types import Batch
+
+
+@pytest.fixture
+def trainer(llama: Callable[..., Path]) -> MegatronTrainer:
+    made = MegatronTrainer(TrainerConfig(model=llama(), steps=4, training=TrainingConfig(device="cpu")))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "complaint"),
+    [
+        (ParallelConfig(tensor=3), "tensor parallel size 3 does not divide 4 attention heads; use 1, 2 or 4"),
+        (ParallelConfig(pipeline=3), "pipeline parallel size 3 does not divide 2 layers; use 1 or 2"),
+    ],
+)
+def test_an_impossible_layout_is_refused_with_the_possible_ones(
+    llama: Callable[..., Path], parallel: ParallelConfig, complaint: str
+) -> None:
+    with pytest.raises(LayoutError, match=complaint):
+        MegatronTrainer(TrainerConfig(model=llama(), parallel=parallel))
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="absent' is not a directory"):
+        MegatronTrainer(TrainerConfig(model=tmp_path / "absent"))
+
+
+def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="bert"):
+        MegatronTrainer(TrainerConfig(model=tmp_path))
+
+
+def test_a_warm_up_longer_than_the_stage_is_refused(llama: Callable[..., Path]) -> None:
+    optimizer = OptimizerConfig(warmup_steps=10)
+    with pytest.raises(ConfigError, match=r"warmup_steps 10 leaves none of the 10 steps .*; use at most 9"):
+        MegatronTrainer(TrainerConfig(model=llama(), steps=10, optimizer=optimizer))
+
+
+def test_a_sequence_longer_than_the_model_is_refused(trainer: MegatronTrainer) -> None:
+    with pytest.raises(DataError, match="sequence 1 has 97 tokens; the model has 96 positions"):
+        trainer.logprobs(Batch.of([[1, 2], np.zeros(97, np.int32)]))
+
+
+def test_tokens_of_another_tokenizer_are_refused(trainer: MegatronTrainer) -> None:
+    with pytest.raises(DataError, match="token ids reach from 5 to 301; the model knows 0 to 300"):
+        trainer.logprobs(Batch.of([[5, 301]]))
+
+
+def test_an_empty_batch_is_refused(trainer: MegatronTrainer) -> None:
+    with pytest.raises(DataError, match="batch is empty"):
+        trainer.logprobs(Batch.of([]))
+
+
+def test_a_loss_for_another_head_is_refused(trainer: MegatronTrainer) -> None:
+    with pytest.raises(ConfigError, match="RewardLoss needs a model with head 'score'"):
+        trainer.step(ragged_batch(), RewardLoss())
+
+
+def test_a_frozen_model_scores_but_does_not_step(llama: Callable[..., Path]) -> None:
+    frozen = MegatronTrainer(TrainerConfig(model=llama(), trainable=False))
+    assert frozen.logprobs(ragged_batch()).any()
+    with pytest.raises(ConfigError, match="frozen"):
+        frozen.step(ragged_batch(), SftLoss())
+    frozen.close()
+
+
+def test_an_infinite_gradient_stops_the_run_and_leaves_the_weights(trainer: MegatronTrainer) -> None:
+    """Advantages of 1e30 are finite, and so is the loss; their squared gradient is not."""
+    before = trainer.logprobs(ragged_batch())
+    huge = np.where(ragged_batch().mask, 1e30, 0).astype(np.float32)
+    batch = ragged_batch().with_columns(tokens={"old_logprobs": before, "advantages": huge})
+    with pytest.raises(AlignError, match="gradient norm of step 0 is inf"):
+        trainer.step(batch, GrpoLoss())
+    np.testing.assert_array_equal(trainer.logprobs(ragged_batch()), before)
+
+
+def test_a_column_that_is_not_finite_stops_the_run_by_its_name(trainer: MegatronTrainer) -> None:
+    before = trainer.logprobs(ragged_batch())
+    old = before.copy()
+    old[3] = np.nan
+    batch = ragged_batch().with_columns(tokens={"old_logprobs": old, "advantages": np.ones_like(old)})
+    with pytest.raises(AlignError, match="step 0: GrpoLoss cannot be computed: old_logprobs_N holds nan"):
+        trainer.step(batch, GrpoLoss())
+    np.testing.assert_array_equal(trainer.logprobs(ragged_batch()), before)
+
+
+def test_the_first_dpo_loss_is_ln_2(trainer: MegatronTrainer) -> None:
+    """Policy and reference are the same model, so chosen and rejected have the same reward, 0."""
+    batch = ragged_batch()
+    batch = batch.with_columns(tokens={"reference_logprobs": trainer.logprobs(batch)})
+    metrics = trainer.step(batch, DpoLoss(beta=0.5))
+    assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert trainer.step(batch, DpoLoss(beta=0.5))["loss"] < np.log(2)
+
+
+def test_the_first_grpo_update_has_ratio_1_and_raises_what_was_rewarded(trainer: MegatronTrainer) -> None:
+    """Two groups of four; the even completions earn 1: their log-probs must rise against the odd ones'."""
+    batch = ragged_batch(lengths=(9,) * 8)
+    reward, group = np.asarray([1.0, 0.0] * 4), np.asarray([1] * 4 + [2] * 4)
+    before = trainer.logprobs(batch)
+    batch = batch.with_columns(
+        tokens={"old_logprobs": before, "reference_logprobs": before}, sequences={"reward": reward, "group": group}
+    )
+    metrics = trainer.step(batch, GrpoLoss(kl_coef=0.1))
+    assert metrics["kl"] == 0.0
+    change = np.add.reduceat(np.where(batch.mask, trainer.logprobs(batch) - before, 0.0), batch.offsets[:-1])
+    assert change[0::2].mean() > change[1::2].mean() + 1e-3
+
+
+def test_closing_twice_does_nothing(llama: Callable[..., Path]) -> None:
+    """Two models share a process; closing one leaves the other at work."""
+    policy = MegatronTrainer(TrainerConfig(model=llama()))
+    reference = MegatronTrainer(TrainerConfig(model=llama(), trainable=False))
+    policy.close()
+    policy.close()
+    assert reference.logprobs(ragged_batch()).any()
+    reference.close()
