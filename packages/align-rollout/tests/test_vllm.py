@@ -21,7 +21,7 @@ from align_rollout.vllm import VllmEngine
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-_CONFIG = EngineConfig(context=256, kv_cache_mib=32, max_sequences=32, device="cpu")
+_CONFIG = EngineConfig(context=256, kv_cache_mib=32, max_sequences=64, device="cpu")
 _GREEDY = SamplingConfig(max_tokens=16, temperature=0)
 
 
@@ -202,6 +202,35 @@ def test_a_weight_that_comes_twice_is_refused(pair: _Pair) -> None:
 def test_a_token_outside_the_vocabulary_is_refused(pair: _Pair) -> None:
     with pytest.raises(DataError, match=r"prompt 3 has token id 128, .* 0 \.\. 127"):
         pair.engine.generate([Prompt(id=3, tokens=np.array([5, 128], np.int32))], _GREEDY)
+
+
+def _crowd() -> list[Prompt]:
+    generator = np.random.default_rng(1)
+    return [Prompt(id=i, tokens=generator.integers(3, 128, size=150).astype(np.int32)) for i in range(64)]
+
+
+def test_more_prompts_than_one_pass_takes_are_sampled_as_they_are_alone(pair: _Pair) -> None:
+    """64 x 150 = 9600 tokens of prompts; a pass takes 8192. A prompt cut over two passes would break its seed."""
+    crowd, sampling = _crowd(), SamplingConfig(max_tokens=4, seed=3)
+    completions = pair.engine.generate(crowd, sampling)
+    for i in (0, 31, 54, 63):
+        (alone,) = pair.engine.generate([crowd[i]], sampling)
+        assert alone.tokens.tolist() == completions[i].tokens.tolist()
+
+
+def test_requests_that_vllm_preempts_are_sampled_as_they_are_alone(tied: Any) -> None:
+    """1 MiB of KV cache is 8 blocks of 128 tokens, for 8 prompts of 100; each then grows into a second block."""
+    config = dataclasses.replace(_CONFIG, kv_cache_mib=1)
+    crowd, sampling = _crowd(), SamplingConfig(max_tokens=80, seed=3)
+    short = [Prompt(id=prompt.id, tokens=prompt.tokens[:100]) for prompt in crowd]
+    engine = VllmEngine.from_model(tied.path, config)
+    try:
+        completions = engine.generate(short, sampling)
+        for i in (0, 5, 6, 7, 8, 63):
+            (alone,) = engine.generate([short[i]], sampling)
+            assert alone.tokens.tolist() == completions[i].tokens.tolist()
+    finally:
+        engine.close()
 
 
 def test_starting_leaves_the_process_as_it_was(tied: Any) -> None:

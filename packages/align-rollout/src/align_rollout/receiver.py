@@ -5,15 +5,12 @@ versions and checksums: the sink in the engine's process has checked the bytes b
 """
 
 import warnings
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from align_core.types import WeightTensor
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch
 
 
 class WeightReceiver:
@@ -41,7 +38,7 @@ class WeightReceiver:
             _repack_tied_head(model)
         staged.clear()
 
-    def _align_staged(self) -> dict[str, torch.Tensor]:
+    def _align_staged(self) -> "dict[str, torch.Tensor]":
         # Not in __init__: vLLM adds this class to the bases of a worker class that does not call it.
         if "_align_weights" not in self.__dict__:
             self._align_weights: dict[str, torch.Tensor] = {}
@@ -59,10 +56,12 @@ def _repack_tied_head(model: Any) -> None:
     head.quant_method.process_weights_after_loading(head)
 
 
-def _as_tensor(weight: WeightTensor) -> torch.Tensor:
-    data: NDArray[np.uint8] = weight.bytes()
+def _as_tensor(weight: WeightTensor) -> "torch.Tensor":
+    import torch  # noqa: PLC0415  - comes with the extra; without it this module still imports
+
+    dtype: torch.dtype = getattr(torch, weight.meta.dtype)
     with warnings.catch_warnings():
         # The mapping is read-only and so is what we do with it: the loader copies from this tensor.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        flat = torch.from_numpy(data)
-    return flat.view(_DTYPES[weight.meta.dtype]).reshape(weight.meta.shape)
+        flat = torch.from_numpy(weight.bytes())
+    return flat.view(dtype).reshape(weight.meta.shape)
