@@ -1,8 +1,8 @@
-"""Every setting of every stage: one tree of frozen dataclasses, each field documented with unit and reason of the default.
+"""Every setting of every stage: one tree of frozen dataclasses, with unit and reason of the default under each field.
 
-Values are checked where they are made (`__post_init__`); reading YAML files and command lines is `align_core.cli`'s
-work. "The tutorial" below is the Llama tutorial whose road this project follows. No slots: the argument parser reads
-`__dict__`.
+Values are checked where they are made (`__post_init__`); reading YAML files and command lines is the work of
+`align_core.settings`. "The tutorial" below is the Llama tutorial whose road this project follows. No slots: the
+argument parser reads `__dict__`.
 """
 
 from dataclasses import dataclass, field
@@ -112,7 +112,7 @@ class SamplingConfig:
     temperature: float = 1.0
     """0 is greedy. Training assumes 1: then the engine's log-probs are those of the trained distribution."""
     top_p: float = 1.0
-    """Nucleus size. The tutorial's 0.9 makes sampled and trained distributions differ, which biases training: hence 1."""
+    """Nucleus size. The tutorial's 0.9 makes sampled and trained distributions differ, which biases training; so 1."""
     seed: int = 0
     """Completion j of prompt i is reproducible from (seed, i, j)."""
 
@@ -251,7 +251,8 @@ class StageConfig:
             )
         if self.cluster.in_process and self.parallel.world_size > 1:
             raise ConfigError(
-                f"cluster.in_process runs one rank, parallel asks for {self.parallel.world_size}; leave it off to use Ray"
+                f"cluster.in_process runs one rank, but parallel asks for {self.parallel.world_size}; "
+                "leave it off to use Ray"
             )
 
 

@@ -71,7 +71,7 @@ class Trainer(Protocol):
         ...
 
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
-        """One optimizer update on the whole batch, however it is cut; returns `loss`, `grad_norm`, `lr` and the like."""
+        """One optimizer update on the whole batch, however it is cut; returns `loss`, `grad_norm`, `lr` and others."""
         ...
 
     def weights(self) -> WeightSource:

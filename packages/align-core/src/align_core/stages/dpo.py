@@ -1,4 +1,4 @@
-"""Direct preference optimisation: no sampling, no reward model; the reference is the model as it was before training."""
+"""Direct preference optimisation: no sampling, no reward model; the reference is the model before its training."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """What a stage asks its surroundings for: trainers and engines, wherever they run.
 
-`align_core.ray.world.RayWorld` spreads them over processes; `align_core.stages.local.LocalWorld` keeps them in this one.
+`align_core.ray.world.RayWorld` spreads them over processes; `align_core.stages.local.LocalWorld` keeps them in this
+one.
 """
 
 from pathlib import Path

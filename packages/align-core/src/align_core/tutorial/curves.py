@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from align_core.errors import missing_dependency
 from align_core.stages.run import read_metrics
@@ -96,7 +97,8 @@ def draw(curves: Sequence[Curve]) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [steps], centred means of `_WINDOW` values; the ends are repeated to fill the window."""
     window = min(_WINDOW, len(values))
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
-    return np.convolve(padded, np.ones(window) / window, mode="valid")
+    return np.convolve(padded, np.full(window, 1.0 / window), mode="valid").astype(np.float64)
