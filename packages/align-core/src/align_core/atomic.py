@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all: written beside their place under another name, then renamed."""
 
 import json
 import os
@@ -8,20 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from align_core.errors import DataError
+
 
 @contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to fill; renamed to `path` at the end, removed if the body raises.
+def new_directory(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` when the block ends and vanishes when it fails.
 
-    An older directory at `path` is replaced.
+    Raises:
+        DataError: `out` exists and is not an empty directory; nothing is ever overwritten.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        replace_directory(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{str(out)!r} exists already; remove it or choose another directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as box:
+        staging = Path(box) / out.name  # a level below, because mkdtemp's own mode shuts out other users
+        staging.mkdir()
+        yield staging
+        staging.replace(out)
 
 
 def replace_directory(temporary: Path, path: Path) -> None:
@@ -49,4 +54,4 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """`write_text` of `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")

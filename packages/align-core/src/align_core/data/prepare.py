@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from align_core.atomic import new_directory
 from align_core.errors import DataError
@@ -29,12 +29,12 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("action", choices=["prepare"])
     parser.add_argument("dataset", choices=["additions", *sorted(_DATASETS)])
     parser.add_argument("--source", type=Path, help="the original file (JSON lines, .gz is fine); none for additions")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; replaced if it exists")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new or empty")
     parser.add_argument("--held_out", type=int, default=200, help="records kept for testing (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="which records are held out (default 0)")
     options = parser.parse_args(list(words))
     if options.dataset == "additions":
-        write_additions(options.out, seed=options.seed)
+        write_additions(options.out, seed=options.seed, num_test=options.held_out)
         return 0
     if options.source is None:
         raise DataError(f"{options.dataset} is prepared from its original file; give --source FILE")
@@ -46,7 +46,8 @@ def prepare(dataset: str, source: Path, out: Path, *, held_out: int, seed: int) 
     """Writes OUT/{sft,preferences,prompts,test,test_preferences}.jsonl, all or nothing.
 
     Raises:
-        DataError: the source is missing, a record is not what the data set has, or too few are there to hold some out.
+        DataError: the source is missing, a record is not what the data set has, too few are there to hold some out, or
+            `out` is taken.
     """
     rows = list(_read(source))
     if not 0 < held_out < len(rows):
@@ -120,17 +121,19 @@ def _read(source: Path) -> Iterator[Row]:
         raise DataError(f"source file {str(source)!r} does not exist")
     with _open(source) as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise DataError(f"{source}, line {number}: {error}") from error
             if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
                 raise DataError(f"{source}, line {number}: expected an object of texts")
             yield row
 
 
-def _open(source: Path) -> TextIO:
-    return gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else source.open(encoding="utf-8")
+def _open(source: Path) -> IO[bytes]:
+    return gzip.open(source, "rb") if source.suffix == ".gz" else source.open("rb")
 
 
 _DATASETS: Mapping[str, Callable[[Sequence[Row], Sequence[Row], random.Random], Mapping[str, Iterable[Row]]]] = {
