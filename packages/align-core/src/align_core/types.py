@@ -4,6 +4,7 @@ Everything here is numpy and plain Python, picklable, and never padded: a batch 
 Shape letters: B sequences, N flat tokens.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,8 @@ class Batch:
     def select(self, indices: Sequence[int] | NDArray[np.int64]) -> "Batch":
         """The sequences `indices`, in that order, with their columns."""
         rows = np.asarray(indices, dtype=np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise DataError(f"sequences {rows.min()} to {rows.max()} are asked of a batch of {len(self)}, from 0")
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -118,7 +121,11 @@ class Batch:
     ) -> "Batch":
         """A batch from lists: `tokens[name]` holds one array a sequence, `columns[name]` one value a sequence."""
         arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
-        offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int64)
+        lengths = [len(array) for array in arrays]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        for name, parts in (tokens or {}).items():
+            if [len(part) for part in parts] != lengths:
+                raise DataError(f"per-token column {name!r} does not have one value a token of each sequence")
         return Batch(
             tokens=np.concatenate(arrays) if arrays else np.zeros(0, np.int32),
             offsets=offsets,
@@ -165,6 +172,8 @@ class Score:
     def __post_init__(self) -> None:
         if (self.value is None) == (not self.error):
             raise DataError(f"a score has either a value or an error, got value={self.value!r}, error={self.error!r}")
+        if self.value is not None and not math.isfinite(self.value):
+            raise DataError(f"a score must be finite, got {self.value!r}; give an error where there is no value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

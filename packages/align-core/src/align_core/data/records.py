@@ -1,9 +1,11 @@
 """The records of each task and the reader of their JSON-lines files.
 
-A bad line is a DataError that names the file, the line and what was expected; extra keys are kept as columns.
+A bad line is a DataError that names the file, the line and what was expected. Extra keys of a prompt are kept as
+columns for its reward; those of other records are left out.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,12 +78,12 @@ def _read(path: Path, parse: Callable[[dict[str, object]], Record], *, expected:
     if not path.is_file():
         raise DataError(f"data file {str(path)!r} does not exist; give a JSON-lines file of {expected}")
     records: list[Record] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # decoded line by line, so that a byte that is not UTF-8 has a line number
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise DataError(f"a {type(row).__name__}, not an object")
                 records.append(parse(row))
@@ -95,8 +97,10 @@ def _read(path: Path, parse: Callable[[dict[str, object]], Record], *, expected:
 def _sft(row: dict[str, object]) -> SftRecord:
     if "messages" in row:
         messages = _messages(row["messages"])
-        if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            raise DataError("messages must hold a user's turn and end in the assistant's")
+        if messages[-1]["role"] != "assistant" or not any(turn["role"] == "user" for turn in messages):
+            raise DataError("'messages' must hold a user's turn and end in the assistant's")
+        if not messages[-1]["content"]:
+            raise DataError("the last turn of 'messages', which is to be learnt, is empty")
         return SftRecord(prompt=messages[:-1], response=messages[-1]["content"])
     return SftRecord(prompt=_text(row, "prompt", "query"), response=_text(row, "response"))
 
@@ -108,8 +112,8 @@ def _ranked(row: dict[str, object]) -> RankedRecord:
     responses, scores = row.get("response"), row.get("score")
     if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
         raise DataError("'response' must be a list of texts")
-    if not isinstance(scores, list) or not all(isinstance(s, int | float) for s in scores):
-        raise DataError("'score' must be a list of numbers")
+    if not isinstance(scores, list) or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
+        raise DataError("'score' must be a list of finite numbers")
     if len(scores) != len(responses) or len(responses) < 2:
         raise DataError(
             f"{len(responses)} responses with {len(scores)} scores; as many of both, at least two, are needed"
@@ -125,8 +129,10 @@ def _preference(row: dict[str, object]) -> PreferenceRecord:
 
 def _prompt(row: dict[str, object]) -> PromptRecord:
     if "messages" in row:
-        columns = {key: value for key, value in row.items() if key != "messages"}
-        return PromptRecord(prompt=_messages(row["messages"]), columns=columns)
+        messages = _messages(row["messages"])
+        if messages[-1]["role"] != "user":
+            raise DataError(f"'messages' of a prompt must end in the user's turn, not the {messages[-1]['role']}'s")
+        return PromptRecord(prompt=messages, columns={k: v for k, v in row.items() if k != "messages"})
     key = next((name for name in ("prompt", "query", "question") if name in row), "prompt")
     return PromptRecord(prompt=_text(row, key), columns={k: v for k, v in row.items() if k != key})
 
