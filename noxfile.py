@@ -8,6 +8,7 @@ Needs Python 3.11 and pip, nothing else. Sessions that need the whole CPU set sh
 installed and under which variables everything runs is written in tests/environment.py.
 """
 
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -62,7 +63,7 @@ def _refuse_forbidden(session: nox.Session) -> None:
 def _run(session: nox.Session, command: str, *arguments: str) -> None:
     """Runs a command of the shared environment."""
     binaries = ROOT / ".nox" / "environment" / "bin"
-    path = f"{binaries}:{session.env.get('PATH', '')}"
+    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
     session.run(str(binaries / command), *arguments, env={**VARIABLES, "PATH": path}, external=True)
 
 
