@@ -66,9 +66,9 @@ def _collect(pipes: list[Connection], timeout_s: float) -> list[Any]:
 
 
 def _rank(sender: Connection, source: tuple[str, str], place: dict[str, Any], arguments: Any) -> None:
-    from align_core.megatron import close_rank, init_rank
-
     try:
+        from align_core.megatron import close_rank, init_rank
+
         context = init_rank(**place, device="cpu", timeout_s=60)
         result = _load(*source)(context, *arguments)
         close_rank()

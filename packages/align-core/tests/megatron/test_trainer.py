@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron_llama import ragged_batch
+import torch
+from megatron_llama import hugging_face_weights, ragged_batch
+from safetensors.numpy import save_file
 
 from align_core.config import (
     DpoLoss,
@@ -52,6 +54,27 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="bert"):
         MegatronTrainer(TrainerConfig(model=tmp_path))
+
+
+def test_a_damaged_model_is_refused_and_leaves_no_process_group(llama: Callable[..., Path], tmp_path: Path) -> None:
+    weights = hugging_face_weights(llama())
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((llama() / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        MegatronTrainer(TrainerConfig(model=tmp_path))
+    assert not torch.distributed.is_initialized()
+
+
+def test_weights_that_are_not_finite_are_named_as_the_cause(llama: Callable[..., Path], tmp_path: Path) -> None:
+    weights = hugging_face_weights(llama())
+    weights["model.norm.weight"][0] = np.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((llama() / "config.json").read_text())
+    frozen = MegatronTrainer(TrainerConfig(model=tmp_path, trainable=False))
+    with pytest.raises(AlignError, match=r"log-probs cannot be computed: .*finite"):
+        frozen.logprobs(ragged_batch())
+    frozen.close()
 
 
 def test_a_warm_up_longer_than_the_stage_is_refused(llama: Callable[..., Path]) -> None:

@@ -1,7 +1,7 @@
 """Log-probs, weights and training steps of every layout against Hugging Face and torch's AdamW, float32.
 
-Largest differences seen: log-probs 2e-6, losses 2e-6, gradient norms 1e-6 relative (all with eps 1e-5: at AdamW's
-customary 1e-8 a gradient of rounding noise moves a weight by a full step, and runs drift apart by 2e-4).
+Largest differences seen on two CPU cores: log-probs 1.5e-6 (after five steps), losses 6e-7, gradient norms 2e-7 of
+their size. AdamW's eps is 1e-5 here: at the customary 1e-8 a gradient of rounding noise moves a weight by a full step.
 """
 
 from collections.abc import Callable
@@ -220,9 +220,9 @@ def _cosine(step: int) -> float:
 def _compare(found: Run, expected: Run) -> None:
     np.testing.assert_allclose(found.first, expected.first, atol=1e-5, rtol=0)
     for step, reference in zip(found.steps, expected.steps, strict=True):
-        assert step["loss"] == pytest.approx(reference["loss"], abs=1e-5)
+        assert step["loss"] == pytest.approx(reference["loss"], abs=5e-6)
         assert step["nll"] == step["loss"]
         assert step["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
         assert step["lr"] == pytest.approx(reference["lr"], rel=1e-12)
         assert step["tokens"] == reference["tokens"]
-    np.testing.assert_allclose(found.last, expected.last, atol=5e-5, rtol=0)
+    np.testing.assert_allclose(found.last, expected.last, atol=1e-5, rtol=0)

@@ -4,9 +4,10 @@ Every rank is called alike, with the same whole batch, and returns the same resu
 part. Alone (world size 1) it is a complete `Trainer`. Knows nothing about stages, engines and Ray.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,9 @@ class MegatronTrainer:
         self._need_head("lm", "log-probs")
         micros = self._micros(batch, unit="sequence")
         result = np.zeros(len(batch.tokens), np.float32)
-        for micro, values in zip(micros, forward(self._module, micros, read_logprobs(self.model_config.vocab_size))):
+        with _explained("log-probs"):
+            found = forward(self._module, micros, read_logprobs(self.model_config.vocab_size))
+        for micro, values in zip(micros, found):
             for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
                 if len(part):
                     result[batch.offsets[row] : batch.offsets[row + 1]] = part
@@ -110,10 +113,8 @@ class MegatronTrainer:
         read = read_scores if self.model_config.head == "score" else read_logprobs(self.model_config.vocab_size)
         number = optimization.steps_done
         optimization.zero_grad()
-        try:
+        with _explained(f"step {number}: {type(loss).__name__}"):
             parts = forward_backward(optimization.model, micros, read, prepared.compute)
-        except InputError as error:
-            raise AlignError(f"step {number}: {type(loss).__name__} cannot be computed: {error}") from error
         metrics = self._summed(parts)
         if not math.isfinite(metrics["loss"]):
             raise AlignError(f"the loss of step {number} is {metrics['loss']}; look at that step's data")
@@ -270,3 +271,12 @@ class MegatronTrainer:
             return {}
         tensors = dict(self._module.named_parameters())
         return write_pieces(tensors, plan_of(self.model_config, self.context), metas, buffer)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Values that a formula refuses, as the error that a user reads."""
+    try:
+        yield
+    except InputError as error:
+        raise AlignError(f"{what} cannot be computed: {error}") from error
