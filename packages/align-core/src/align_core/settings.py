@@ -1,22 +1,25 @@
 """Reads a stage's settings: a recipe's defaults, then YAML files, then dotted options of the command line."""
 
 import dataclasses
+import difflib
+import re
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from align_core import registry
 from align_core.config import StageConfig
-from align_core.errors import ConfigError, unknown_name
+from align_core.errors import ConfigError, choices, unknown_name
 
 Config = TypeVar("Config", bound=StageConfig)
 
 _OWN_OPTIONS = {"config", "recipe", "help", "print_config"}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
 def parse(config_type: type[Config], argv: Sequence[str], *, stage: str) -> Config:
@@ -39,9 +42,10 @@ def parse(config_type: type[Config], argv: Sequence[str], *, stage: str) -> Conf
     if recipe := _option(argv, "recipe"):
         parser.set_defaults(_recipe_defaults(recipe, stage))
     try:
-        namespace = parser.parse_args(list(argv))
+        namespace = parser.parse_args(_files_first(argv))
     except ArgumentError as error:
-        raise ConfigError(str(error.message)) from error
+        raise ConfigError(_reworded(config_type, str(error.message), stage)) from error
+    _check_branches(config_type, namespace)
     values = parser.instantiate(namespace)
     fields = {field.name for field in dataclasses.fields(config_type)}
     return config_type(**{name: value for name, value in vars(values).items() if name in fields})
@@ -49,11 +53,18 @@ def parse(config_type: type[Config], argv: Sequence[str], *, stage: str) -> Conf
 
 def known_keys(config_type: type[object], prefix: str = "") -> Iterator[str]:
     """Every dotted key of a config class, branches and leaves."""
+    return iter(_types(config_type, prefix))
+
+
+def _types(config_type: type[object], prefix: str = "") -> dict[str, Any]:
+    """The type of every dotted key."""
     hints = typing.get_type_hints(config_type)
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(cast("Any", config_type)):
-        yield prefix + field.name
+        found[prefix + field.name] = hints[field.name]
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from known_keys(cast("type[object]", hints[field.name]), f"{prefix}{field.name}.")
+            found |= _types(cast("type[object]", hints[field.name]), f"{prefix}{field.name}.")
+    return found
 
 
 def _check_options(config_type: type[object], argv: Sequence[str]) -> None:
@@ -72,8 +83,37 @@ def _check_options(config_type: type[object], argv: Sequence[str]) -> None:
 def _unknown(key: str, known: set[str]) -> str:
     """The nearest keys only: a list of all of them would hide the hint."""
     branch = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == branch] or sorted(known)
-    return unknown_name("setting", key, siblings)
+    if branch and branch not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        branch = near[0].rpartition(".")[0] if near else ""
+    return unknown_name("setting", key, [name for name in known if name.rpartition(".")[0] == branch])
+
+
+def _check_branches(config_type: type[object], namespace: Namespace) -> None:
+    """Refuses `optimizer: null`, which the parser would let through to a constructor."""
+    for key, kind in _types(config_type).items():
+        known = [name for name in known_keys(config_type) if name.rpartition(".")[0] == key]
+        if known and dataclasses.is_dataclass(kind) and namespace.get(key) is None:
+            raise ConfigError(f"{key} is a group of settings, got null; set {choices(known)} or leave it out")
+
+
+def _reworded(config_type: type[object], message: str, stage: str) -> str:
+    """The parser's complaint in the words of this project, where it has a form that is known."""
+    if wrong := re.match(r'Parser key "(.+?)":.*Got value: (.*)', message, flags=re.DOTALL):
+        key, value = wrong.groups()
+        return f"{key} must be {_kind(_types(config_type).get(key))}, got {value!r}"
+    if missing := re.match(r"the following arguments are required: (.*)", message):
+        return f"align {stage} needs " + ", ".join(f"--{key}" for key in missing.group(1).split(", "))
+    return message
+
+
+def _kind(hint: Any) -> str:
+    """A type in words: `a whole number`, `'cpu' or 'cuda'`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return choices(typing.get_args(hint))
+    if members := typing.get_args(hint):
+        return " or ".join("null" if member is type(None) else _kind(member) for member in members)
+    return _KINDS.get(hint, "a group of settings")
 
 
 def _yaml_keys(path: Path) -> list[str]:
@@ -81,18 +121,31 @@ def _yaml_keys(path: Path) -> list[str]:
         raise ConfigError(f"settings file {str(path)!r} does not exist")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values, found a {type(tree).__name__}")
     return list(_flatten(tree))
 
 
-def _flatten(tree: dict[str, object], prefix: str = "") -> Iterator[str]:
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
+
+
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """The same words with `--config FILE` in front: an option wins over a file wherever it stands."""
+    files: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        place = files if word.split("=", 1)[0] == "--config" else others
+        place.append(word)
+        if word == "--config":
+            place.extend(value for value in [next(words, None)] if value is not None)
+    return files + others
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:
@@ -100,8 +153,14 @@ def _option(argv: Sequence[str], name: str) -> str | None:
 
 
 def _options(argv: Sequence[str], name: str) -> list[str]:
-    following = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == f"--{name}"]
-    return following + [word.split("=", 1)[1] for word in argv if word.startswith(f"--{name}=")]
+    """Every value of `--name VALUE` and `--name=VALUE`, in order."""
+    found = []
+    for word, following in zip(argv, [*argv[1:], None]):
+        if word == f"--{name}" and following is not None:
+            found.append(following)
+        elif word.startswith(f"--{name}="):
+            found.append(word.split("=", 1)[1])
+    return found
 
 
 def _recipe_defaults(recipe: str, stage: str) -> dict[str, object]:
