@@ -32,6 +32,10 @@ class Tokenizer:
         self.vocab_size: int = len(backend)
         self.has_chat_template: bool = bool(getattr(backend, "chat_template", None))
 
+    def same_vocabulary(self, other: "Tokenizer") -> bool:
+        """Whether a token id means the same to both."""
+        return bool(self._backend.get_vocab() == other._backend.get_vocab())
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` alone, without special tokens."""
         return list(self._backend.encode(text, add_special_tokens=False))
@@ -52,10 +56,22 @@ class Tokenizer:
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def apply_chat_template(self, messages: Messages) -> str:
-        """The conversation in the tokenizer's own template, open for the assistant's answer."""
-        rendered = self._backend.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+        """The conversation in the tokenizer's own template, open for the assistant's answer.
+
+        Raises:
+            DataError: the template does not take these messages, for example two turns of one role in a row.
+        """
+        try:
+            from jinja2 import TemplateError  # noqa: PLC0415  (optional, as transformers is)
+        except ImportError as error:
+            raise missing_dependency("jinja2", "align-core[megatron]", needed_for="a chat template") from error
+        try:
+            rendered = self._backend.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise DataError(f"the chat template in {self.directory} does not take turns of {roles}: {error}") from error
         return str(rendered)
 
 
@@ -146,7 +162,8 @@ def _cut_left(tokenizer: Tokenizer, messages: list[dict[str, str]], excess: int)
         if not content:
             continue
         ids = tokenizer.encode_continuation(content)
-        shorter = tokenizer.decode(ids[excess:]) if excess < len(ids) else ""
+        # A character spelt in bytes may have lost its first ones, which decode as replacement characters.
+        shorter = tokenizer.decode(ids[excess:]).lstrip("\ufffd") if excess < len(ids) else ""
         if len(shorter) >= len(content):  # decoding gave nothing shorter: cut characters so that the loop ends
             shorter = content[1:]
         return [*messages[:index], {**message, "content": shorter + tag}, *messages[index + 1 :]]
