@@ -1,5 +1,7 @@
 """Direct preference optimisation: no sampling, no reward model; the reference is the model before its training."""
 
+import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from align_core.stages.run import Run
 from align_core.stages.world import Model, World
 from align_core.text import load_tokenizer
 from align_core.types import Batch
+
+logger = logging.getLogger(__name__)
 
 _REFERENCE_PAIRS = 64  # pairs scored at once for the reference; bounds the driver's memory, changes no result
 
@@ -31,9 +35,11 @@ def run_dpo(config: DpoConfig, world: World) -> None:
     if run.finished:
         return
     model = world.trainer(TrainerConfig.of_stage(config))
-    reference = _reference_logprobs(model, pairs, run.out / "reference_logprobs.npz")
+    order = partial(indices_of_step, records=len(pairs), batch_size=config.batch_size, seed=config.seed)
+    used = np.unique([order(step) for step in range(config.steps)])
+    reference = _reference_logprobs(model, pairs, used, run.out / "checkpoints" / "reference_logprobs.npz")
     for step in run.steps(model):
-        chosen = indices_of_step(step, records=len(pairs), batch_size=config.batch_size, seed=config.seed)
+        chosen = order(step)
         columns = {"reference_logprobs": np.concatenate([reference[i] for i in chosen])}
         batch = _batch([pairs[i] for i in chosen]).with_columns(tokens=columns)
         run.log(step, model.step(batch, config.loss))
@@ -46,19 +52,23 @@ def _batch(pairs: list[tuple[Example, ...]]) -> Batch:
     return batch.with_columns(sequences={"group": np.repeat(np.arange(len(pairs)), 2)})
 
 
-def _reference_logprobs(model: Model, pairs: list[tuple[Example, ...]], cache: Path) -> list[NDArray[np.float32]]:
-    """The untrained model's log-probs of every pair (float32, both responses end to end), computed once and kept.
+def _reference_logprobs(
+    model: Model, pairs: list[tuple[Example, ...]], used: NDArray[np.int64], cache: Path
+) -> dict[int, NDArray[np.float32]]:
+    """The untrained model's log-probs of the pairs `used` (float32, both responses end to end), by the pair's index.
 
-    The file is written before the first update, so a continued run reads what the untrained model said.
+    Computed once: the file is written before the first update, so a continued run reads what the untrained model said.
     """
-    lengths = [sum(len(example.tokens) for example in pair) for pair in pairs]
+    lengths = [sum(len(example.tokens) for example in pairs[i]) for i in used]
     if not cache.exists():
+        logger.info("scoring %d pairs with the reference", len(used))
         parts = [
-            model.logprobs(_batch(pairs[first : first + _REFERENCE_PAIRS]))
-            for first in range(0, len(pairs), _REFERENCE_PAIRS)
+            model.logprobs(_batch([pairs[i] for i in used[first : first + _REFERENCE_PAIRS]]))
+            for first in range(0, len(used), _REFERENCE_PAIRS)
         ]
+        cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_name("." + cache.name)
         np.savez(temporary, logprobs=np.concatenate(parts))
         temporary.replace(cache)
     with np.load(cache, allow_pickle=False) as file:
-        return np.split(file["logprobs"], np.cumsum(lengths)[:-1])
+        return dict(zip(used.tolist(), np.split(file["logprobs"], np.cumsum(lengths)[:-1])))

@@ -2,7 +2,8 @@
 
 OUT/config.yaml             the settings, resolved
 OUT/metrics.jsonl           one line a step
-OUT/checkpoints/step_N/     all that is needed to continue; the newest complete one counts
+OUT/checkpoints/step_N/     all that is needed to continue; the newest one counts, and each is complete
+OUT/checkpoints/...         what a stage computes once before its first step
 OUT/model/                  the trained model as a Megatron checkpoint
 OUT/result.json             written last: the stage is finished
 """
@@ -22,13 +23,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
-from align_core.errors import ConfigError
+from align_core.errors import CheckpointError, ConfigError
 from align_core.stages.world import Model
 
 logger = logging.getLogger(__name__)
 
-# Settings that may change between a run and its continuation: they change speed and place, not results.
-_FREE = {"out", "parallel", "cluster", "save_every", "training", "reward_model_parallel", "engine"}
+# Settings (with all below them) that may change between a run and its continuation: they change speed, place, precision
+# and tolerance, not what is computed.
+_FREE = {
+    *("out", "save_every", "parallel", "reward_model_parallel", "cluster", "training", "canary_threshold"),
+    *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
+    *("engine.memory_fraction", "engine.kv_cache_mib", "engine.max_sequences"),
+}
 
 
 class Run:
@@ -68,7 +74,7 @@ class Run:
     def finish(self, model: Model, result: Mapping[str, object]) -> None:
         """Exports the model, then writes result.json, then drops the checkpoints that are no longer needed."""
         model.export(self.out / "model")
-        last = read_metrics(self.out)[-1:]
+        last = read_metrics(self.out)[-1]
         write_json(self.out / "result.json", {"steps": self.config.steps, "last_step": last, **result})
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
@@ -76,20 +82,24 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "config.yaml"
         now = plain(self.config)
-        if path.exists() and (self.finished or _checkpoints(self.out)):
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = sorted(_changes(before, now))
-            if changed:
+        if path.exists():
+            changed = sorted(_changes(yaml.safe_load(path.read_text(encoding="utf-8")), now))
+            if changed and (self.finished or _checkpoints(self.out)):
                 raise ConfigError(
                     f"{self.out} holds a run with other settings ({'; '.join(changed)}); "
                     "repeat those settings to continue it, or choose another --out"
                 )
+            if changed:  # no step was saved; what was computed before the first one belongs to the other settings
+                shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         write_text(path, yaml.safe_dump(now, sort_keys=False))
 
     def _resume(self, model: Model) -> int:
         newest = max(_checkpoints(self.out), default=0)
         if newest:
-            model.load(self.out / "checkpoints" / f"step_{newest}")
+            path = self.out / "checkpoints" / f"step_{newest}"
+            state = model.load(path)
+            if state.get("step") != str(newest):
+                raise CheckpointError(f"{str(path)!r} says that it is of step {state.get('step')}; remove it")
             logger.info("continuing %s from step %d of %d", self.out, newest, self.config.steps)
         kept = [line for line in read_metrics(self.out) if line["step"] < newest]
         write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
@@ -126,7 +136,7 @@ def plain(config: object) -> Any:
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key in before.keys() | now.keys():
         old, new = before.get(key), now.get(key)
-        if not prefix and key in _FREE:
+        if f"{prefix}{key}" in _FREE:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{prefix}{key}.")
