@@ -18,7 +18,7 @@ Device = Literal["auto", "cuda", "cpu"]
 def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if value <= 0:
+        if not value > 0:  # catches NaN too
             raise ConfigError(f"{name} must be greater than 0, got {value}")
 
 
@@ -222,9 +222,9 @@ class StageConfig:
     out: Path
     """Directory for checkpoints, metrics and the final model; a run found there is continued."""
     steps: int = 1000
-    """Optimizer updates in all."""
+    """Steps in all: batches for one optimizer update each; for GRPO, rollouts."""
     batch_size: int = 64
-    """Records an update, over all data-parallel copies: sequences, pairs, or prompts."""
+    """Records a step, over all data-parallel copies: sequences, pairs, or prompts."""
     max_length: int = 2048
     """Longest sequence, tokens; longer prompts are cut at the left of their content, longer responses at the right."""
     template: str = "auto"
@@ -285,13 +285,14 @@ class TrainerConfig:
         head: Literal["lm", "score"] = "lm",
         trainable: bool = True,
         parallel: ParallelConfig | None = None,
+        updates_per_step: int = 1,
     ) -> "TrainerConfig":
         """The stage's own model, or another one that is trained or frozen beside it."""
         return TrainerConfig(
             model=model or config.model,
             head=head,
             trainable=trainable,
-            steps=config.steps,
+            steps=config.steps * updates_per_step,
             seed=config.seed,
             parallel=parallel or config.parallel,
             optimizer=config.optimizer,
@@ -359,6 +360,11 @@ class GrpoConfig(StageConfig):
             )
         if self.sampling.temperature == 0:
             raise ConfigError("greedy sampling gives every group equal completions; set sampling.temperature above 0")
+        if self.cluster.in_process and self.reward_model_parallel.world_size > 1:
+            raise ConfigError(
+                f"cluster.in_process runs one rank, but reward_model_parallel asks for "
+                f"{self.reward_model_parallel.world_size}; leave it off to use Ray"
+            )
         if self.batch_size % self.updates_per_rollout:
             raise ConfigError(
                 f"updates_per_rollout {self.updates_per_rollout} does not divide batch_size {self.batch_size} prompts"

@@ -17,7 +17,7 @@ from align_core.data.records import PromptRecord, read_prompts
 from align_core.errors import DataError
 from align_core.stages.rewards import make_reward
 from align_core.stages.run import Run
-from align_core.stages.sync import compare_logprobs, synchronise
+from align_core.stages.sync import check_versions, compare_logprobs, synchronise
 from align_core.stages.world import Model, World
 from align_core.text import Tokenizer, load_tokenizer, render_prompt
 from align_core.types import Batch, Completion, Prompt
@@ -32,18 +32,19 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
     if run.finished:
         return
     reward = make_reward(config, world, tokenizer)
-    policy = world.trainer(TrainerConfig.of_stage(config))
+    policy = world.trainer(TrainerConfig.of_stage(config, updates_per_step=config.updates_per_rollout))
     reference = world.trainer(TrainerConfig.of_stage(config, trainable=False)) if config.loss.kl_coef else None
     engine = world.engine(config.model, config.engine)
 
     for step in run.steps(policy):
         clock = _Clock()
-        # Version = updates done: what the engine samples with is what the policy was after that many steps.
+        # Version = steps done: what the engine samples with is what the policy was after that many steps.
         synchronise(policy.weights(), engine.weight_sink(), version=step)
         clock.lap("sync")
         chosen = indices_of_step(step, records=len(prompts), batch_size=config.batch_size, seed=config.seed)
         asked = [Prompt(id=step * config.batch_size + k, tokens=prompts[i]) for k, i in enumerate(chosen)]
         completions = engine.generate(asked, replace(config.sampling, seed=config.sampling.seed + config.seed))
+        check_versions(completions, version=step)
         clock.lap("generate")
         batch = rollout_batch(asked, completions)
         rewards = reward([records[i] for i in chosen for _ in range(config.sampling.n)], completions, batch)

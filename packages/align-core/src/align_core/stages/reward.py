@@ -21,7 +21,7 @@ def run_reward(config: RewardConfig, world: World) -> None:
     tokenizer = load_tokenizer(config.model)
     records = read_ranked(config.data)
     held_out = read_ranked(config.eval_data) if config.eval_data else []
-    groups = _encode(tokenizer, records, config)
+    groups, held_out_groups = (_encode(tokenizer, part, config) for part in (records, held_out))
     run = Run(config)
     if run.finished:
         return
@@ -30,7 +30,7 @@ def run_reward(config: RewardConfig, world: World) -> None:
         chosen = indices_of_step(step, records=len(groups), batch_size=config.batch_size, seed=config.seed)
         batch = ranked_batch([groups[i] for i in chosen], [records[i].scores for i in chosen])
         run.log(step, model.step(batch, config.loss))
-    accuracy = _accuracy(model, _encode(tokenizer, held_out, config), held_out)
+    accuracy = _accuracy(model, held_out_groups, held_out)
     run.finish(model, {"records": len(records), "eval_records": len(held_out), "eval_accuracy": accuracy})
 
 

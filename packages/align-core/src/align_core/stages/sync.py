@@ -1,5 +1,6 @@
 """Moves weights from a trainer to a live engine, and checks by log-probs that both now hold the same model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from align_core.contracts import WeightSink, WeightSource
 from align_core.errors import SyncError
-from align_core.types import chunked
+from align_core.types import Completion, chunked
 
 _CHUNK_BYTES = 64 << 20  # small enough to overlap, large enough that a 7B model takes a few hundred calls
 
@@ -22,6 +23,13 @@ def synchronise(source: WeightSource, sink: WeightSink, *, version: int) -> None
     for chunk in chunked(source.iterate(), chunk_bytes=_CHUNK_BYTES):
         sink.load(chunk)
     sink.commit()
+
+
+def check_versions(completions: Sequence[Completion], *, version: int) -> None:
+    """Raises SyncError if other weights than those of `version` sampled a completion."""
+    found = sorted({completion.version for completion in completions} - {version})
+    if found:
+        raise SyncError(f"the engine sampled with weight versions {found} after version {version} was committed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
