@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all: written beside their place under another name, then renamed."""
+"""Files and directories that appear whole or not at all: written beside their place, then renamed."""
 
 import json
 import os

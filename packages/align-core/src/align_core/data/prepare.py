@@ -7,8 +7,8 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 from align_core.atomic import new_directory
 from align_core.errors import DataError
@@ -132,7 +132,7 @@ def _read(source: Path) -> Iterator[Row]:
             yield row
 
 
-def _open(source: Path) -> IO[bytes]:
+def _open(source: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(source, "rb") if source.suffix == ".gz" else source.open("rb")
 
 
