@@ -52,6 +52,8 @@ def _road(options: argparse.Namespace) -> Road:
         raise ConfigError(f"the model {options.model!r} cannot do the task {task!r}: tiny adds, smollm2 does gsm8k")
     if task == "gsm8k" and (options.data is None or not options.data.is_file()):
         raise ConfigError(f"the task 'gsm8k' needs its file of questions; give --data FILE (got {options.data})")
+    if task == "additions" and options.data is not None:
+        raise ConfigError(f"the task 'additions' makes its own data; leave out --data {options.data}")
     out: Path = options.out or Path("runs") / f"tutorial-{options.model}"
     road = Road(
         recipe=options.model,

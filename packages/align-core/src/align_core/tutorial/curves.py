@@ -68,7 +68,7 @@ def read_curves(out: Path) -> list[Curve]:
 
 
 def draw(curves: Sequence[Curve]) -> str:
-    """All curves as one SVG element.
+    """All curves as one SVG element; empty where there are none.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -78,6 +78,8 @@ def draw(curves: Sequence[Curve]) -> str:
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError as error:
         raise missing_dependency("matplotlib", "align-core[tutorial]", needed_for="the report") from error
+    if not curves:
+        return ""
     columns = 3
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")

