@@ -1,1 +1,1 @@
-"""Generation with vLLM and live, verified weight updates."""
+"""Generation with vLLM and live, verified weight updates. Importing it imports neither torch nor vLLM."""

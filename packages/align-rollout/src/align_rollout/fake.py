@@ -98,9 +98,9 @@ class _FakeSink:
 
     def load(self, chunk: WeightChunk) -> None:
         pending = self._announced()
-        for weight in chunk:
-            pending.accept(weight)
-            self._staged[weight.meta.name] = _as_float32(weight)
+        pending.check(chunk)
+        self._staged.update({weight.meta.name: _as_float32(weight) for weight in chunk})
+        pending.record(chunk)
 
     def commit(self) -> None:
         pending = self._announced()

@@ -1,10 +1,11 @@
 """The part of a weight update that runs inside each vLLM worker: maps the weights, then reloads the model from them.
 
-vLLM adds this class to its worker (`worker_extension_cls`), so `self.model_runner` is the worker's. Knows nothing of
+vLLM adds this class to its worker (`worker_extension_cls`), so `self` has the worker's attributes too. Knows nothing of
 versions and checksums: the sink in the engine's process has checked the bytes before they get here.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from align_core.types import WeightTensor
@@ -17,6 +18,7 @@ class WeightReceiver:
     """Methods that `collective_rpc` calls by name; the prefix keeps them apart from vLLM's own."""
 
     model_runner: Any
+    reload_weights: Callable[..., None]
 
     def align_stage(self, weights: list[WeightTensor]) -> None:
         """Maps `weights` and holds on to them; a mapped file may be deleted from now on."""
@@ -33,7 +35,7 @@ class WeightReceiver:
         staged = self._align_staged()
         model = self.model_runner.get_model()
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
-        self.model_runner.reload_weights(weights_iterator=iter(staged.items()))
+        self.reload_weights(weights_iterator=iter(staged.items()))
         if tied:
             _repack_tied_head(model)
         staged.clear()

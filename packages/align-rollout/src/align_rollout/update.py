@@ -7,7 +7,7 @@ missing, misnamed, misshapen or damaged is refused and named before any of it ca
 from collections.abc import Sequence
 
 from align_core.errors import SyncError
-from align_core.types import ITEM_BYTES, ParamMeta, WeightTensor, checksum
+from align_core.types import ITEM_BYTES, ParamMeta, WeightChunk, WeightTensor, checksum
 
 _LISTED = 8  # names in one error; a wrong model has hundreds
 
@@ -27,8 +27,21 @@ class PendingUpdate:
         self._arrived: set[str] = set()
         _check_announcement({meta.name: meta for meta in expected}, announced)
 
-    def accept(self, weight: WeightTensor) -> None:
-        """Records `weight`; raises SyncError if it was not announced so, came before, or its checksum differs."""
+    def check(self, chunk: WeightChunk) -> None:
+        """Raises SyncError if a weight was not announced so, came before, or its checksum differs; records nothing."""
+        names: set[str] = set()
+        for weight in chunk:
+            name = weight.meta.name
+            if name in self._arrived or name in names:
+                raise SyncError(f"weight {name!r} of version {self.version} came twice")
+            names.add(name)
+            self._check_weight(weight)
+
+    def record(self, chunk: WeightChunk) -> None:
+        """Counts `chunk` as here: after it was checked, and only when the engine has taken hold of it."""
+        self._arrived.update(weight.meta.name for weight in chunk)
+
+    def _check_weight(self, weight: WeightTensor) -> None:
         meta = weight.meta
         announced = self._announced.get(meta.name)
         if announced is None:
@@ -38,8 +51,6 @@ class PendingUpdate:
                 f"weight {meta.name!r} came as {meta.dtype} {list(meta.shape)}, "
                 f"but was announced as {announced.dtype} {list(announced.shape)}"
             )
-        if meta.name in self._arrived:
-            raise SyncError(f"weight {meta.name!r} of version {self.version} came twice")
         data = weight.bytes()
         if data.nbytes != meta.nbytes:
             raise SyncError(f"weight {meta.name!r} came with {data.nbytes} bytes; its shape needs {meta.nbytes}")
@@ -49,7 +60,6 @@ class PendingUpdate:
                 f"weight {meta.name!r} of version {self.version} was damaged on its way: checksum {found:#018x} here, "
                 f"{weight.checksum:#018x} at the sender; the engine keeps its old weights"
             )
-        self._arrived.add(meta.name)
 
     def check_complete(self) -> None:
         """Raises SyncError naming the announced weights that never came."""

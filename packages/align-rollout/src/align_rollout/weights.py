@@ -57,12 +57,12 @@ class VllmWeightSink:
         self._pending = PendingUpdate(expected=self._expected, announced=metadata, version=version)
 
     def load(self, chunk: WeightChunk) -> None:
-        """Checks the bytes of `chunk` and has every worker map them."""
+        """Checks the bytes of `chunk` and has every worker map them; a refused chunk leaves nothing behind."""
         pending = self._announced()
-        for weight in chunk:
-            pending.accept(weight)
+        pending.check(chunk)
         with self._reachable(chunk) as reachable:
             self._llm.collective_rpc("align_stage", args=(reachable,))
+        pending.record(chunk)
 
     def commit(self) -> None:
         """Reloads the model from what was loaded, drops the prefix cache of the old weights, sets the version."""

@@ -141,8 +141,9 @@ def _corrupted(sink: WeightSink, source: WeightSource, version: int) -> None:
     sink.begin(source.metadata(), version + 1)
     weights = _held(source)
     name = weights[-1].meta.name
+    sink.load(weights[:-1])
     with refused(SyncError, name, f"a flipped bit in {name!r}"):
-        sink.load([*weights[:-1], _flipped(weights[-1])])
+        sink.load([_flipped(weights[-1])])
     with refused(SyncError, name, "the commit of a refused weight"):
         sink.commit()
 
