@@ -162,12 +162,20 @@ def _cut_left(tokenizer: Tokenizer, messages: list[dict[str, str]], excess: int)
         if not content:
             continue
         ids = tokenizer.encode_continuation(content)
-        # A character spelt in bytes may have lost its first ones, which decode as replacement characters.
-        shorter = tokenizer.decode(ids[excess:]).lstrip("\ufffd") if excess < len(ids) else ""
+        shorter = _from_whole_character(tokenizer, ids[excess:])
         if len(shorter) >= len(content):  # decoding gave nothing shorter: cut characters so that the loop ends
             shorter = content[1:]
         return [*messages[:index], {**message, "content": shorter + tag}, *messages[index + 1 :]]
     raise DataError(f"the prompt template alone is {excess} tokens longer than allowed; raise max_length")
+
+
+def _from_whole_character(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of `ids` without the rest of a character that was cut: spelt in bytes, one takes up to four tokens."""
+    for first in range(4):
+        text = tokenizer.decode(ids[first:])
+        if not text.startswith("\ufffd"):
+            return text
+    return text.lstrip("\ufffd")
 
 
 def _split_tag(content: str) -> tuple[str, str]:

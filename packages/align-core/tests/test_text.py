@@ -1,0 +1,167 @@
+"""Prompts keep their closing tag when they are cut, and prompt plus response decode to the text that was meant."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from align_core.errors import CheckpointError, ConfigError, DataError
+from align_core.text import Tokenizer, encode_response, load_tokenizer, render_prompt, resolve_template
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Path) -> Tokenizer:
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def chat(chat_model: Path) -> Tokenizer:
+    return load_tokenizer(chat_model)
+
+
+def with_specials(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    return tokenizer._backend.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def test_prompt_and_response_in_the_default_template_are_the_encoding_of_the_whole_text(tiny: Tokenizer) -> None:
+    whole = "\n\nHuman: What is 27 + 58?\n\nAssistant: 85"
+    prompt = render_prompt(tiny, "What is 27 + 58?", max_tokens=64)
+    response = encode_response(tiny, " 85")
+    assert prompt[0] == 1  # the tokenizer's own <s>
+    assert response[-1] == tiny.eos_id == 2
+    assert [*prompt, *response[:-1]] == tiny.encode_prompt(whole)
+    assert tiny.decode(np.concatenate([prompt, response])) == whole
+
+
+@pytest.mark.parametrize("response", ["85", " 85", "85 ", " 85\n"])
+def test_spaces_around_a_response_do_not_change_what_is_learnt(tiny: Tokenizer, response: str) -> None:
+    assert encode_response(tiny, response).tolist() == encode_response(tiny, "85").tolist()
+
+
+@pytest.mark.parametrize("name", ["tiny", "chat"])
+def test_continuation_restores_any_text_behind_any_other(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    rng = random.Random(0)
+    parts = ["Human", "Assistant:", " ", "  ", "\n", "\n\n", "\t", "0", "7", "+", "?", "\u00e9", "\u65e5"]
+    for _ in range(300):
+        before = "What" + "".join(rng.choices(parts, k=rng.randrange(6)))
+        after = "".join(rng.choices(parts, k=rng.randrange(8)))
+        ids = [*tokenizer.encode_prompt(before), *tokenizer.encode_continuation(after)]
+        assert tokenizer.decode(ids) == before + after
+
+
+def test_continuation_behind_merged_line_ends_has_no_line_end_too_many(chat: Tokenizer) -> None:
+    """Here "\\n\\n" is one token, so the tokens of "\\n" are no prefix of those of "\\n" + "\\nso"."""
+    assert chat.encode("\n\n") != 2 * chat.encode("\n")
+    assert chat.decode(chat.encode_continuation("\nso")) == "\nso"
+
+
+@pytest.mark.parametrize("room", [40, 25, 13, 12])
+def test_long_prompt_loses_the_left_of_its_content_and_keeps_the_template(tiny: Tokenizer, room: int) -> None:
+    content = " ".join(f"{n} +" for n in range(10, 60)) + " 5?"
+    text = tiny.decode(render_prompt(tiny, content, max_tokens=room))
+    start, end = "\n\nHuman: ", "\n\nAssistant:"
+    assert text.startswith(start)
+    assert text.endswith(end)
+    kept = text[len(start) : -len(end)]
+    assert kept
+    assert content.endswith(kept)
+    assert room - 3 <= len(render_prompt(tiny, content, max_tokens=room)) <= room
+
+
+def test_prompt_that_fits_exactly_is_left_whole(tiny: Tokenizer) -> None:
+    whole = render_prompt(tiny, "What is 27 + 58?", max_tokens=64)
+    assert render_prompt(tiny, "What is 27 + 58?", max_tokens=len(whole)).tolist() == whole.tolist()
+    assert len(render_prompt(tiny, "What is 27 + 58?", max_tokens=len(whole) - 1)) <= len(whole) - 1
+
+
+def test_dialogue_that_brings_its_own_closing_tag_keeps_it_once(tiny: Tokenizer) -> None:
+    dialogue = "\n\nHuman: What is 1 + 1?\n\nAssistant: 2\n\nHuman: What is 27 + 58?\n\nAssistant:"
+    assert tiny.decode(render_prompt(tiny, dialogue, max_tokens=128)) == dialogue
+    cut = tiny.decode(render_prompt(tiny, dialogue, max_tokens=16))
+    assert dialogue.endswith(cut)
+    assert cut.endswith("58?\n\nAssistant:")
+
+
+def test_long_chat_loses_its_oldest_words_and_keeps_system_and_closing_tag(chat: Tokenizer) -> None:
+    messages = [
+        {"role": "system", "content": "so I think"},
+        {"role": "user", "content": "What is 1? " * 20},
+        {"role": "assistant", "content": "It is 1"},
+        {"role": "user", "content": "What is 12 + 34?"},
+    ]
+    text = with_specials(chat, render_prompt(chat, messages, max_tokens=90))
+    assert text.startswith("<|im_start|>system\nso I think<|im_end|>\n<|im_start|>user\n")
+    assert text.endswith("It is 1<|im_end|>\n<|im_start|>user\nWhat is 12 + 34?<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("What is 1?") < 20
+    assert len(render_prompt(chat, messages, max_tokens=90)) <= 90
+
+
+def test_chat_response_ends_as_the_template_ends_a_turn(chat: Tokenizer) -> None:
+    prompt, response = render_prompt(chat, "What is 12?", max_tokens=64), encode_response(chat, "It is\n\n12")
+    assert with_specials(chat, np.concatenate([prompt, response])) == (
+        "<|im_start|>user\nWhat is 12?<|im_end|>\n<|im_start|>assistant\nIt is\n\n12<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny", "chat"])
+def test_template_that_cannot_fit_is_refused(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    bare = len(render_prompt(tokenizer, "", max_tokens=64))
+    assert len(render_prompt(tokenizer, "1", max_tokens=bare)) == bare
+    with pytest.raises(DataError, match=r"template alone is 1 tokens longer than allowed; raise max_length"):
+        render_prompt(tokenizer, "1", max_tokens=bare - 1)
+
+
+def test_cut_inside_a_character_leaves_no_half_of_it(tiny: Tokenizer) -> None:
+    """Each of these characters is three byte tokens: room for four leaves the last one whole and a third of another."""
+    bare = len(render_prompt(tiny, "", max_tokens=64))
+    text = tiny.decode(render_prompt(tiny, "\u65e5\u672c\u8a9e", max_tokens=bare + 4))
+    assert text == "\n\nHuman: \u8a9e\n\nAssistant:"
+
+
+def test_plain_template_is_the_bare_text_and_several_turns_alternate(tiny: Tokenizer) -> None:
+    assert tiny.decode(render_prompt(tiny, "27 + 58", template="plain", max_tokens=64)) == "27 + 58"
+    turns = [
+        {"role": "system", "content": "so"},
+        {"role": "user", "content": "1 + 1"},
+        {"role": "assistant", "content": " 2 "},
+        {"role": "user", "content": "2 + 2"},
+    ]
+    expected = "so\n\nHuman: 1 + 1\n\nAssistant: 2\n\nHuman: 2 + 2\n\nAssistant:"
+    assert tiny.decode(render_prompt(tiny, turns, max_tokens=128)) == expected
+
+
+def test_auto_takes_the_chat_template_where_there_is_one(tiny: Tokenizer, chat: Tokenizer) -> None:
+    assert resolve_template(tiny, "auto") == "human-assistant"
+    assert resolve_template(chat, "auto") == "chat"
+    assert resolve_template(chat, "plain") == "plain"
+
+
+def test_unknown_template_and_absent_chat_template_are_refused(tiny: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"unknown prompt template 'chatt'; did you mean 'chat'\? choose 'auto', "):
+        render_prompt(tiny, "1", template="chatt", max_tokens=64)
+    with pytest.raises(ConfigError, match=r"has no chat template; choose another template"):
+        encode_response(tiny, "1", template="chat")
+
+
+def test_turns_that_the_chat_template_refuses_are_a_data_error(chat: Tokenizer) -> None:
+    with pytest.raises(DataError, match=r"does not take turns of \['assistant'\]: an assistant cannot begin"):
+        render_prompt(chat, [{"role": "assistant", "content": "1"}], max_tokens=64)
+
+
+def test_vocabularies_are_told_apart(tiny: Tokenizer, chat: Tokenizer, tiny_model: Path) -> None:
+    assert tiny.same_vocabulary(load_tokenizer(tiny_model))
+    assert not tiny.same_vocabulary(chat)
+
+
+def test_missing_or_broken_tokenizers_are_named(tmp_path: Path, tiny_model: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'.*nowhere' does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer \(tokenizer.json or tokenizer.model\)"):
+        load_tokenizer(tmp_path)
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path)
+    with pytest.raises(CheckpointError, match="has no end-of-sequence token; set it in its config"):
+        load_tokenizer(tmp_path)
