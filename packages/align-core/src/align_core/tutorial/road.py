@@ -112,7 +112,7 @@ def _stage(
     words += ["--data", str(road.data / f"{data}.jsonl"), "--out", str(out), "--seed", str(road.seed)]
     words += ["--parallel.tensor", str(road.tensor), "--training.dtype", road.dtype]
     if command == "grpo":
-        words += ["--engine.dtype", road.dtype]
+        words += ["--engine.dtype", road.dtype, "--reward_model_parallel.tensor", str(road.tensor)]
     if road.steps is not None:
         words += ["--steps", str(road.steps), "--optimizer.warmup_steps", str(road.steps // 10)]
     return Step(name=name, title=title, argv=(*words, *extra), done=out / "result.json")
