@@ -12,18 +12,23 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from align_core.config import ParallelConfig
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["align_core.megatron", "align_core.megatron.trainer"])
+_FORKED = multiprocessing.get_context("forkserver")
+_FORKED.set_forkserver_preload(["align_core.megatron", "align_core.megatron.trainer"])
+_FRESH = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
 def run_ranks(
-    body: Callable[..., Any], parallel: ParallelConfig, *arguments: Any, timeout_s: float = 120.0
+    body: Callable[..., Any],
+    parallel: ParallelConfig,
+    *arguments: Any,
+    device: Literal["cpu", "cuda"] = "cpu",
+    timeout_s: float = 120.0,
 ) -> list[Any]:
-    """`body(context, *arguments)` on each rank; what each returned, in order of the ranks.
+    """`body(context, *arguments)` on each rank; what each returned, in order of the ranks. On CUDA a GPU a rank.
 
     Raises:
         AssertionError: with the trace of the first rank that failed, or if they took too long.
@@ -32,9 +37,11 @@ def run_ranks(
     with TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(parallel.world_size):
-            receiver, sender = _CONTEXT.Pipe(duplex=False)
-            place = {"parallel": parallel, "rank": rank, "rendezvous": f"file://{folder}/store"}
-            process = _CONTEXT.Process(target=_rank, args=(sender, source, place, arguments), daemon=True)
+            start = _FORKED if device == "cpu" else _FRESH
+            receiver, sender = start.Pipe(duplex=False)
+            meeting = f"file://{folder}/store"
+            place = {"parallel": parallel, "rank": rank, "rendezvous": meeting, "device": device, "local_device": rank}
+            process = start.Process(target=_rank, args=(sender, source, place, arguments), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -69,7 +76,7 @@ def _rank(sender: Connection, source: tuple[str, str], place: dict[str, Any], ar
     try:
         from align_core.megatron import close_rank, init_rank
 
-        context = init_rank(**place, device="cpu", timeout_s=60)
+        context = init_rank(**place, timeout_s=60)
         result = _load(*source)(context, *arguments)
         close_rank()
     except BaseException:

@@ -13,6 +13,8 @@ from align_core.config import ParallelConfig, SftLoss, TrainerConfig, TrainingCo
 from align_core.megatron import MegatronTrainer, RankContext
 from align_core.types import Head
 
+CPU = TrainingConfig(device="cpu")
+
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
@@ -43,18 +45,18 @@ def test_an_exported_reward_model_says_so_and_loads_again(llama: Callable[..., P
     assert exported.config.hf["architectures"] == ["LlamaForSequenceClassification"]
     assert not exported.read_hf("score.weight").any()
     assert "lm_head.weight" not in exported.tensors()
-    trainer = MegatronTrainer(TrainerConfig(model=tmp_path / "out", head="score", trainable=False))
+    trainer = MegatronTrainer(TrainerConfig(model=tmp_path / "out", head="score", trainable=False, training=CPU))
     assert trainer.scores(ragged_batch()).shape == (8,)
     trainer.close()
 
 
 def test_a_trained_model_scores_alike_after_export(llama: Callable[..., Path], tmp_path: Path) -> None:
-    trainer = MegatronTrainer(TrainerConfig(model=llama(), steps=1))
+    trainer = MegatronTrainer(TrainerConfig(model=llama(), steps=1, training=CPU))
     trainer.step(ragged_batch(), SftLoss())
     expected = trainer.logprobs(ragged_batch())
     trainer.export(tmp_path / "out")
     trainer.close()
-    again = MegatronTrainer(TrainerConfig(model=tmp_path / "out", trainable=False))
+    again = MegatronTrainer(TrainerConfig(model=tmp_path / "out", trainable=False, training=CPU))
     np.testing.assert_array_equal(again.logprobs(ragged_batch()), expected)
     again.close()
 
@@ -65,6 +67,6 @@ def _export_rank(context: RankContext, directory: Path, out: Path, head: Head) -
         head=head,
         parallel=context.parallel,
         trainable=False,
-        training=TrainingConfig(device="cpu"),
+        training=CPU,
     )
     MegatronTrainer(config, context).export(out)

@@ -23,10 +23,12 @@ from align_core.errors import AlignError, CheckpointError, ConfigError, DataErro
 from align_core.megatron import MegatronTrainer
 from align_core.types import Batch
 
+CPU = TrainingConfig(device="cpu")
+
 
 @pytest.fixture
 def trainer(llama: Callable[..., Path]) -> MegatronTrainer:
-    made = MegatronTrainer(TrainerConfig(model=llama(), steps=4, training=TrainingConfig(device="cpu")))
+    made = MegatronTrainer(TrainerConfig(model=llama(), steps=4, training=CPU))
     yield made
     made.close()
 
@@ -62,7 +64,7 @@ def test_a_damaged_model_is_refused_and_leaves_no_process_group(llama: Callable[
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((llama() / "config.json").read_text())
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        MegatronTrainer(TrainerConfig(model=tmp_path))
+        MegatronTrainer(TrainerConfig(model=tmp_path, training=CPU))
     assert not torch.distributed.is_initialized()
 
 
@@ -71,7 +73,7 @@ def test_weights_that_are_not_finite_are_named_as_the_cause(llama: Callable[...,
     weights["model.norm.weight"][0] = np.nan
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_text((llama() / "config.json").read_text())
-    frozen = MegatronTrainer(TrainerConfig(model=tmp_path, trainable=False))
+    frozen = MegatronTrainer(TrainerConfig(model=tmp_path, trainable=False, training=CPU))
     with pytest.raises(AlignError, match=r"log-probs cannot be computed: .*finite"):
         frozen.logprobs(ragged_batch())
     frozen.close()
@@ -104,7 +106,7 @@ def test_a_loss_for_another_head_is_refused(trainer: MegatronTrainer) -> None:
 
 
 def test_a_frozen_model_scores_but_does_not_step(llama: Callable[..., Path]) -> None:
-    frozen = MegatronTrainer(TrainerConfig(model=llama(), trainable=False))
+    frozen = MegatronTrainer(TrainerConfig(model=llama(), trainable=False, training=CPU))
     assert frozen.logprobs(ragged_batch()).any()
     with pytest.raises(ConfigError, match="frozen"):
         frozen.step(ragged_batch(), SftLoss())
@@ -156,8 +158,8 @@ def test_the_first_grpo_update_has_ratio_1_and_raises_what_was_rewarded(trainer:
 
 def test_closing_twice_does_nothing(llama: Callable[..., Path]) -> None:
     """Two models share a process; closing one leaves the other at work."""
-    policy = MegatronTrainer(TrainerConfig(model=llama()))
-    reference = MegatronTrainer(TrainerConfig(model=llama(), trainable=False))
+    policy = MegatronTrainer(TrainerConfig(model=llama(), training=CPU))
+    reference = MegatronTrainer(TrainerConfig(model=llama(), trainable=False, training=CPU))
     policy.close()
     policy.close()
     assert reference.logprobs(ragged_batch()).any()

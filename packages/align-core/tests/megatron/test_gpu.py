@@ -1,0 +1,90 @@
+"""The same trainer on CUDA and NCCL, against Hugging Face on the CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron_llama import Run, hugging_face, ragged_batch, reference_logprobs
+from megatron_world import run_ranks
+
+from align_core.config import Dtype, OptimizerConfig, ParallelConfig, SftLoss, TrainerConfig, TrainingConfig
+from align_core.megatron import MegatronTrainer, RankContext
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+STEPS = 3
+
+
+@pytest.mark.parametrize(("dtype", "mean", "largest"), [("float32", 1e-5, 1e-4), ("bfloat16", 0.02, 0.3)])
+def test_one_device_scores_as_hugging_face(
+    llama: Callable[..., Path], dtype: Dtype, mean: float, largest: float
+) -> None:
+    directory = llama()
+    found = run_ranks(_train_rank, ParallelConfig(), directory, dtype, device="cuda")[0].first
+    with torch.no_grad():
+        expected = reference_logprobs(hugging_face(directory), ragged_batch()).numpy()
+    difference = np.abs(found - expected)
+    assert difference.mean() < mean
+    assert difference.max() < largest
+
+
+@two_devices
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(tensor=2, sequence=True), ParallelConfig(pipeline=2), ParallelConfig(data=2)],
+    ids=["tp2-sp", "pp2", "dp2"],
+)
+def test_two_devices_train_as_one(llama: Callable[..., Path], parallel: ParallelConfig) -> None:
+    directory = llama()
+    one = run_ranks(_train_rank, ParallelConfig(), directory, "float32", device="cuda")[0]
+    two = run_ranks(_train_rank, parallel, directory, "float32", device="cuda")[0]
+    for step, reference in zip(two.steps, one.steps, strict=True):
+        assert step["loss"] == pytest.approx(reference["loss"], abs=1e-4)
+        assert step["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-4)
+    np.testing.assert_allclose(two.last, one.last, atol=1e-3, rtol=0)
+
+
+@two_devices
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_continues_on_another_layout(llama: Callable[..., Path], tmp_path: Path, dtype: Dtype) -> None:
+    directory = llama()
+    saved = run_ranks(_save_rank, ParallelConfig(tensor=2), directory, dtype, tmp_path / "saved", device="cuda")[0]
+    loaded = run_ranks(_load_rank, ParallelConfig(pipeline=2), directory, dtype, tmp_path / "saved", device="cuda")[0]
+    assert loaded == pytest.approx(saved, abs=1e-4 if dtype == "float32" else 0.03)
+
+
+def _trainer(context: RankContext, directory: Path, dtype: Dtype) -> MegatronTrainer:
+    config = TrainerConfig(
+        model=directory,
+        parallel=context.parallel,
+        steps=STEPS + 1,
+        optimizer=OptimizerConfig(lr=2e-3, eps=1e-5, weight_decay=0.1),
+        training=TrainingConfig(micro_batch_tokens=48, dtype=dtype, device="cuda"),
+    )
+    return MegatronTrainer(config, context)
+
+
+def _train_rank(context: RankContext, directory: Path, dtype: Dtype) -> Run:
+    trainer = _trainer(context, directory, dtype)
+    first = trainer.logprobs(ragged_batch())
+    steps = [dict(trainer.step(ragged_batch(seed=step), SftLoss())) for step in range(STEPS)]
+    return Run(first=first, steps=steps, last=trainer.logprobs(ragged_batch()))
+
+
+def _save_rank(context: RankContext, directory: Path, dtype: Dtype, path: Path) -> float:
+    trainer = _trainer(context, directory, dtype)
+    for step in range(STEPS):
+        trainer.step(ragged_batch(seed=step), SftLoss())
+    trainer.save(path, {})
+    return trainer.step(ragged_batch(seed=STEPS), SftLoss())["loss"]
+
+
+def _load_rank(context: RankContext, directory: Path, dtype: Dtype, path: Path) -> float:
+    trainer = _trainer(context, directory, dtype)
+    trainer.load(path)
+    return trainer.step(ragged_batch(seed=STEPS), SftLoss())["loss"]
