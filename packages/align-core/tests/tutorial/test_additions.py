@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from align_core.tutorial.additions import (
     Addition,
     additions_files,
     demonstrations,
+    mistake,
     preference_pairs,
     split,
     write_additions,
@@ -29,7 +31,7 @@ def number_pair(record: dict[str, str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     ("a", "b", "right", "careless"),
-    [(27, 58, 85, 75), (21, 58, 79, 79), (15, 15, 30, 20), (99, 99, 198, 188), (45, 54, 99, 99), (55, 45, 100, 90)],
+    [(27, 58, 85, 75), (21, 58, 79, 79), (15, 15, 30, 20), (45, 54, 99, 99), (10, 80, 90, 90)],
 )
 def test_careless_answer_drops_the_carry_of_the_units(a: int, b: int, right: int, careless: int) -> None:
     addition = Addition(a=a, b=b)
@@ -38,12 +40,14 @@ def test_careless_answer_drops_the_carry_of_the_units(a: int, b: int, right: int
 
 
 def test_split_holds_every_addition_once_and_keeps_twins_together() -> None:
-    """90 x 90 = 8,100 ordered and 90 * 91 / 2 = 4,095 unordered pairs, 410 (409.5 rounded to even) of them held out."""
+    """80 sums from 20 to 99; sum s has s - 19 ordered pairs: 80 * 81 / 2 = 3,240. The 40 even sums hold a pair of
+    equals: (3,240 + 40) / 2 = 1,640 unordered pairs, 164 of them held out.
+    """
     train, held_out = split(seed=3, held_out=0.1)
     pairs = [{(min(q.a, q.b), max(q.a, q.b)) for q in side} for side in (train, held_out)]
-    assert len({(q.a, q.b) for q in train + held_out}) == len(train) + len(held_out) == 8100
+    assert len({(q.a, q.b) for q in train + held_out}) == len(train) + len(held_out) == 3240
     assert not pairs[0] & pairs[1]
-    assert (len(pairs[0]), len(pairs[1])) == (3685, 410)
+    assert (len(pairs[0]), len(pairs[1])) == (1476, 164)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
@@ -61,13 +65,31 @@ def test_student_carries_as_often_as_asked_and_errs_nowhere_else() -> None:
     assert {r["response"] for r in demonstrations([plain] * 100, correct=0.4, rng=random.Random(0))} == {" 79"}
 
 
-def test_preference_pairs_prefer_the_right_answer_to_the_mistakes_in_use() -> None:
+def test_mistakes_are_ten_off_near_or_anything_as_often_as_documented() -> None:
+    """Answer 85, which carries: how often is it 75?
+
+    "Ten off", 0.4 of all, always. "Near", 0.24: seven distances up and down are 14 draws, of which +20 has three digits
+    and is drawn again, and -10 is there twice: 2/13. "Any", 0.36: one of 90 numbers but 85 itself: 1/89.
+    0.4 + 0.24 * 2/13 + 0.36 / 89 = 0.441; four standard deviations: 4 * sqrt(0.441 * 0.559 / 4000) = 0.031.
+    """
     rng = random.Random(0)
-    carry = list(preference_pairs([Addition(a=27, b=58)] * 100, rng=rng))
-    plain = list(preference_pairs([Addition(a=21, b=58)] * 100, rng=rng))
-    assert {r["chosen"] for r in carry} == {" 85"}
-    assert {r["rejected"] for r in carry} == {" 75", " 84", " 86"}
-    assert {r["rejected"] for r in plain} == {" 89", " 78", " 80"}
+    mistakes = [mistake(Addition(a=27, b=58), rng=rng) for _ in range(4000)]
+    assert abs(mistakes.count(75) / 4000 - 0.441) < 0.031
+    assert set(mistakes) == set(range(10, 100)) - {85}
+
+
+@pytest.mark.parametrize(("a", "b", "ten_off"), [(27, 58, 75), (21, 58, 89), (45, 54, 89), (45, 44, 99), (10, 10, 30)])
+def test_most_frequent_mistake_is_ten_off_within_two_digits(a: int, b: int, ten_off: int) -> None:
+    rng = random.Random(0)
+    mistakes = Counter(mistake(Addition(a=a, b=b), rng=rng) for _ in range(200))
+    assert mistakes.most_common(1)[0][0] == ten_off
+
+
+def test_preference_pairs_put_the_right_answer_first() -> None:
+    pairs = list(preference_pairs([Addition(a=27, b=58)] * 50, rng=random.Random(0)))
+    assert {r["chosen"] for r in pairs} == {" 85"}
+    assert " 85" not in {r["rejected"] for r in pairs}
+    assert {r["prompt"] for r in pairs} == {"What is 27 + 58?"}
 
 
 def test_files_hold_the_documented_records_and_keep_the_test_unseen(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from align_core.errors import DataError
 from align_core.tutorial.staging import new_directory
 
-SMALLEST, LARGEST = 10, 99  # two digits each, so that every question has the same number of tokens
+SMALLEST, LARGEST = 10, 99  # summands and sums have two digits, so that a tiny model soon learns which digit is which
+_SLIPS = (1, 2, 3, 5, 10, 10, 20)  # distances of the near misses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,7 @@ def split(*, seed: int, held_out: float) -> tuple[list[Addition], list[Addition]
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out is {held_out}; it is the share of questions kept from training, between 0 and 1")
     rng = random.Random(f"split {seed}")
-    pairs = [(a, b) for a in range(SMALLEST, LARGEST + 1) for b in range(a, LARGEST + 1)]
+    pairs = [(a, b) for a in range(SMALLEST, LARGEST) for b in range(a, LARGEST - a + 1)]
     rng.shuffle(pairs)
     cut = round(held_out * len(pairs))
     return _both_orders(pairs[cut:], rng), _both_orders(pairs[:cut], rng)
@@ -91,15 +92,18 @@ def write_additions(
     out: Path,
     *,
     seed: int,
-    demonstrations_per_question: int = 2,
-    correct: float = 0.4,
-    held_out: float = 0.1,
+    demonstrations_per_question: int = 6,
+    pairs_per_question: int = 3,
+    correct: float = 0.35,
+    held_out: float = 0.12,
     num_test: int = 200,
 ) -> AdditionsFiles:
     """Write the five files of the task into the directory `out`, all or nothing; the same seed gives the same bytes.
 
     Args:
-        demonstrations_per_question: how often the careless student answers each training question.
+        demonstrations_per_question: how often the careless student answers each training question. As the answers
+            differ, the model learns their probabilities and not the answer given once.
+        pairs_per_question: preferences on each training question, each against another mistake.
         correct: probability that the student carries where a carry is due; below one half, so that being careless is
             the most likely answer, and far enough from zero that sampling finds the right one.
         held_out: share of the number pairs kept out of training.
@@ -111,10 +115,10 @@ def write_additions(
     train, unseen = split(seed=seed, held_out=held_out)
     test = _balanced(unseen, num_test)
     rng = random.Random(f"answers {seed}")
-    repeated = [question for _ in range(demonstrations_per_question) for question in rng.sample(train, len(train))]
+    asked, judged = train * demonstrations_per_question, train * pairs_per_question
     with new_directory(out) as staging:
-        _write_lines(staging / "sft.jsonl", demonstrations(repeated, correct=correct, rng=rng))
-        _write_lines(staging / "preferences.jsonl", preference_pairs(train, rng=rng))
+        _write_lines(staging / "sft.jsonl", demonstrations(asked, correct=correct, rng=rng))
+        _write_lines(staging / "preferences.jsonl", preference_pairs(judged, rng=rng))
         _write_lines(staging / "prompts.jsonl", problems(train))
         _write_lines(staging / "test.jsonl", problems(test))
         _write_lines(staging / "test_preferences.jsonl", preference_pairs(test, rng=rng))
@@ -155,11 +159,26 @@ def demonstrations(questions: Sequence[Addition], *, correct: float, rng: random
 
 
 def preference_pairs(questions: Sequence[Addition], *, rng: random.Random) -> Iterator[dict[str, str]]:
-    """The right answer against a wrong one: ten off as often as not, in the direction of the carry; else one off."""
+    """The right answer against a wrong one."""
     for question in questions:
-        ten_off = -10 if question.carries else 10
-        wrong = question.answer + (ten_off if rng.random() < 0.5 else rng.choice((-1, 1)))
+        wrong = mistake(question, rng=rng)
         yield {"prompt": question.question, "chosen": f" {question.answer}", "rejected": f" {wrong}"}
+
+
+def mistake(question: Addition, *, rng: random.Random) -> int:
+    """A wrong answer of two digits: ten off as by a mistaken carry (2 in 5), a near miss (1 in 4), or any number.
+
+    The gross mistakes are there for the reward model: it learns to tell them first and ever finer ones after that.
+    Against careless answers alone it would learn how those look, not what is right.
+    """
+    answer = question.answer
+    ten_off = answer - 10 if question.carries or answer + 10 > LARGEST else answer + 10
+    kind = rng.choices(("ten off", "near", "any"), weights=(0.4, 0.24, 0.36))[0]
+    while True:
+        near = answer + rng.choice((-1, 1)) * rng.choice(_SLIPS)
+        wrong = {"ten off": ten_off, "near": near, "any": rng.randint(SMALLEST, LARGEST)}[kind]
+        if wrong != answer and SMALLEST <= wrong <= LARGEST:
+            return wrong
 
 
 def problems(questions: Sequence[Addition]) -> Iterator[dict[str, str]]:
@@ -170,8 +189,8 @@ def problems(questions: Sequence[Addition]) -> Iterator[dict[str, str]]:
 
 def corpus() -> Iterator[str]:
     """Lines to train a tokenizer on: every question and answer, and the words of the prompt template."""
-    for a in range(SMALLEST, LARGEST + 1):
-        for b in range(SMALLEST, LARGEST + 1):
+    for a in range(SMALLEST, LARGEST):
+        for b in range(SMALLEST, LARGEST - a + 1):
             addition = Addition(a=a, b=b)
             yield f":Human: {addition.question}"  # no space before the word, as behind the template's newlines
             yield f":Assistant: {addition.answer}"

@@ -22,7 +22,7 @@ from align_core.tutorial.staging import new_directory
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-_INIT_STD = 0.02  # of Llama 2 and Hugging Face's default
+_INIT_STD = 0.05  # Llama 2's 0.02 is for wider layers: here it learns later, and with spikes in the loss
 _SPECIAL = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _PLAIN_TOKEN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
