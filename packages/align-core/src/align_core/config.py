@@ -358,8 +358,6 @@ class GrpoConfig(StageConfig):
             raise ConfigError(
                 f"a group of {self.sampling.n} completion has no relative advantage; set sampling.n to 2 or more"
             )
-        if self.sampling.temperature == 0:
-            raise ConfigError("greedy sampling gives every group equal completions; set sampling.temperature above 0")
         if self.cluster.in_process and self.reward_model_parallel.world_size > 1:
             raise ConfigError(
                 f"cluster.in_process runs one rank, but reward_model_parallel asks for "

@@ -1,0 +1,197 @@
+"""Settings from recipes, YAML files and options: which one wins, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from align_core import recipes
+from align_core.config import DpoConfig, GrpoConfig, RewardConfig, SftConfig, StageConfig
+from align_core.errors import ConfigError
+from align_core.recipes import smollm2, tiny
+from align_core.settings import known_keys, parse
+from align_core.stages.run import plain
+
+PLACES = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
+STAGES = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "grpo": GrpoConfig}
+
+
+def sft(*words: str) -> SftConfig:
+    return parse(SftConfig, [*PLACES, *words], stage="sft")
+
+
+def grpo(*words: str) -> GrpoConfig:
+    return parse(GrpoConfig, [*PLACES, *words], stage="grpo")
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_are_those_of_the_classes() -> None:
+    for stage, kind in STAGES.items():
+        expected = kind(model=Path("m"), data=Path("d.jsonl"), out=Path("o"))
+        assert parse(kind, PLACES, stage=stage) == expected
+
+
+def test_option_wins_over_file_and_file_over_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "steps: 10\noptimizer:\n  lr: 1e-5\n  warmup_steps: 0\n")
+    recipe = tiny.sft(Path(), Path(), Path())
+    made = sft("--recipe", "tiny", "--config", path, "--steps", "7")
+    assert (made.steps, made.optimizer.lr) == (7, 1e-5)
+    assert (made.batch_size, made.parallel) == (recipe.batch_size, recipe.parallel)
+    assert (made.model, made.data, made.out) == (Path("m"), Path("d.jsonl"), Path("o"))
+
+
+@pytest.mark.parametrize("form", [["--config={}"], ["--config", "{}"]])
+def test_option_wins_over_a_file_that_comes_after_it(tmp_path: Path, form: list[str]) -> None:
+    path = write(tmp_path / "a.yaml", "steps: 10\n")
+    assert sft("--steps", "7", *(word.format(path) for word in form)).steps == 7
+
+
+def test_later_file_wins_over_an_earlier_one(tmp_path: Path) -> None:
+    first, second = (write(tmp_path / f"{n}.yaml", f"steps: {n}0\n{extra}") for n, extra in ((1, "seed: 5\n"), (2, "")))
+    made = sft("--config", first, "--config", second)
+    assert (made.steps, made.seed) == (20, 5)
+
+
+def test_part_of_a_group_leaves_the_rest_at_the_stages_own_default() -> None:
+    """Eight samples are GRPO's default; SamplingConfig alone has one."""
+    assert grpo("--sampling.max_tokens", "9").sampling.n == 8
+
+
+def test_places_may_come_from_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "model: x\ndata: y\nout: z\ncluster:\n  address: auto\n")
+    made = parse(SftConfig, ["--config", path], stage="sft")
+    assert (made.model, made.data, made.out, made.cluster.address) == (Path("x"), Path("y"), Path("z"), "auto")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_written_settings_give_the_same_settings_again(tmp_path: Path, stage: str) -> None:
+    """OUT/config.yaml of a run is a valid --config."""
+    made = tiny.STAGES[stage](Path("m"), Path("d"), Path("o"))
+    path = write(tmp_path / "config.yaml", yaml.safe_dump(plain(made)))
+    assert parse(type(made), ["--config", path], stage=stage) == made
+
+
+@pytest.mark.parametrize("words", [["--optimizer.learning_rat", "1"], ["--optimizer.learning_rat=1"]])
+def test_unknown_option_names_its_siblings_only(words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sft(*words)
+    message = str(caught.value)
+    assert message.startswith("unknown setting 'optimizer.learning_rat'")
+    assert "choose 'optimizer.beta1', 'optimizer.beta2', " in message
+    assert "batch_size" not in message
+
+
+@pytest.mark.parametrize(
+    ("option", "near", "sibling"),
+    [
+        ("optimizer.beta3", "optimizer.beta", "optimizer.lr"),
+        ("batchsize", "batch_size", "max_length"),
+        ("optimiser", "optimizer", "max_length"),
+        ("quite.another", None, "max_length"),
+    ],
+)
+def test_unknown_key_hints_at_the_nearest(tmp_path: Path, option: str, near: str | None, sibling: str) -> None:
+    *branches, leaf = option.split(".")
+    text = (
+        "".join(f"{'  ' * depth}{name}:\n" for depth, name in enumerate(branches))
+        + f"{'  ' * len(branches)}{leaf}: 1\n"
+    )
+    path = write(tmp_path / "a.yaml", text)
+    for words in ([f"--{option}", "1"], ["--config", path]):
+        with pytest.raises(ConfigError) as caught:
+            sft(*words)
+        assert (f"did you mean '{near}" in str(caught.value)) if near else ("did you mean" not in str(caught.value))
+        assert f"'{sibling}'" in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: unknown setting ")
+
+
+def test_unknown_group_lists_the_keys_of_the_nearest_group_only() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'optimizer.lr'\? choose 'optimizer.beta1', ") as caught:
+        sft("--optimiser.lr", "1")
+    assert "batch_size" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("steps", "many", "steps must be a whole number, got 'many'"),
+        ("steps", "2.5", "steps must be a whole number, got '2.5'"),
+        ("optimizer.lr", "fast", "optimizer.lr must be a number, got 'fast'"),
+        ("parallel.sequence", "perhaps", "parallel.sequence must be true or false, got 'perhaps'"),
+        ("optimizer.schedule", "cosin", "must be 'constant', 'cosine' or 'linear', got 'cosin'"),
+        ("optimizer.lr", "-1", "lr must be greater than 0, got -1.0"),
+    ],
+)
+def test_wrong_value_is_named_with_what_was_expected(tmp_path: Path, key: str, value: str, message: str) -> None:
+    branch, _, leaf = key.rpartition(".")
+    path = write(tmp_path / "a.yaml", f"{branch}:\n  {leaf}: {value}\n" if branch else f"{leaf}: {value}\n")
+    for words in ([f"--{key}", value], ["--config", path]):
+        with pytest.raises(ConfigError, match=message):
+            sft(*words)
+
+
+def test_group_set_to_null_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "cluster: null\n")
+    message = "cluster is a group of settings, got null; set 'cluster.address' or 'cluster.in_process'"
+    with pytest.raises(ConfigError, match=message):
+        sft("--config", path)
+
+
+def test_missing_places_are_named_as_options() -> None:
+    with pytest.raises(ConfigError, match=r"^align sft needs --data, --out$"):
+        parse(SftConfig, ["--model", "m"], stage="sft")
+
+
+@pytest.mark.parametrize("words", [["stray"], ["-x"], ["--steps"]])
+def test_words_that_are_no_options_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"unrecognized arguments|expected one argument"):
+        sft(*words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("- 1\n", "must hold keys and values, found a list"), ("", "found a NoneType")],
+)
+def test_file_that_holds_no_settings_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        sft("--config", path)
+    assert str(caught.value).startswith(path)
+
+
+def test_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"settings file 'nowhere.yaml' does not exist"):
+        sft("--config", "nowhere.yaml")
+
+
+def test_unknown_recipe_and_stage_that_a_recipe_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"unknown recipe 'tinny'; did you mean 'tiny'\? choose 'smollm2' or 'tiny'"):
+        sft("--recipe", "tinny")
+    monkeypatch.setattr(tiny, "STAGES", {"grpo": tiny.grpo})
+    with pytest.raises(ConfigError, match="unknown stage of recipe tiny 'sft'; choose 'grpo'"):
+        sft("--recipe=tiny")
+
+
+@pytest.mark.parametrize("recipe", [tiny, smollm2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_recipe_reaches_the_stage_whole(recipe: object, stage: str) -> None:
+    name = str(recipe.__name__).removeprefix(f"{recipes.__name__}.")  # type: ignore[attr-defined]
+    expected: StageConfig = recipe.STAGES[stage](Path("m"), Path("d.jsonl"), Path("o"))  # type: ignore[attr-defined]
+    assert parse(type(expected), [*PLACES, "--recipe", name], stage=stage) == expected
+
+
+def test_contradictions_are_checked_after_all_has_been_read() -> None:
+    """The recipe's two ranks and in_process exclude each other, whichever comes from where."""
+    with pytest.raises(ConfigError, match="in_process runs one rank, but parallel asks for 2"):
+        sft("--recipe", "tiny", "--cluster.in_process", "true")
+    assert sft("--recipe", "tiny", "--cluster.in_process", "true", "--parallel.tensor", "1").cluster.in_process
+
+
+def test_known_keys_are_branches_and_leaves() -> None:
+    keys = set(known_keys(GrpoConfig))
+    assert {"optimizer", "optimizer.lr", "reward_model_parallel.tensor", "sampling.n"} <= keys
+    assert all(key.rpartition(".")[0] in keys for key in keys if "." in key)
