@@ -5,7 +5,7 @@ called again with the same sizes; the groups go when the last user has called `c
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -55,6 +55,8 @@ class _Shared:
 
     context: RankContext | None = None
     users: int = 0
+    owns_world: bool = False
+    """Whether torch.distributed was started here, and so is to be ended here."""
 
 
 _SHARED = _Shared()
@@ -82,32 +84,16 @@ def init_rank(
         LayoutError: `rank` is outside the world, or this process already is a rank of another layout.
         ConfigError: several ranks without a rendezvous, or CUDA asked for where there is none.
     """
-    if not 0 <= rank < parallel.world_size:
-        raise LayoutError(
-            f"rank {rank} is outside a world of {parallel.world_size}; use 0 to {parallel.world_size - 1}"
-        )
+    world = parallel.world_size
+    if not 0 <= rank < world:
+        raise LayoutError(f"rank {rank} is outside a world of {world}; use 0 to {world - 1}")
     where = _choose_device(device, local_device)
     if _SHARED.context is not None:
-        return _join(rank=rank, parallel=parallel, device=where)
-    if rendezvous is None and parallel.world_size > 1:
-        raise ConfigError(f"{parallel.world_size} ranks need a rendezvous, for example 'tcp://HOST:PORT'")
-    if where.type == "cpu":
-        cpu.install()
-        torch.set_num_threads(1)  # ranks share the cores; gloo and the autograd engine have threads of their own
-    else:
-        # With one queue, gradients leave for the other tensor-parallel ranks while the next product is computed; read
-        # when CUDA starts in this process.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(where)
-    store, init_method = (None, rendezvous) if isinstance(rendezvous, str) else (rendezvous or HashStore(), None)
-    dist.init_process_group(
-        "gloo" if where.type == "cpu" else "cuda:nccl,cpu:gloo",
-        store=store,
-        init_method=init_method,
-        rank=rank,
-        world_size=parallel.world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+        return _join(_SHARED.context, rank=rank, parallel=parallel, device=where)
+    if rendezvous is None and world > 1:
+        raise ConfigError(f"{world} ranks need a rendezvous, for example 'tcp://HOST:PORT'")
+    _prepare(where)
+    _SHARED.owns_world = _connect(where, rank=rank, world=world, rendezvous=rendezvous, timeout_s=timeout_s)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -116,6 +102,7 @@ def init_rank(
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _SHARED.users = 1
     _SHARED.context = RankContext(
         rank=rank,
         parallel=parallel,
@@ -124,7 +111,6 @@ def init_rank(
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
     )
-    _SHARED.users = 1
     return _SHARED.context
 
 
@@ -136,23 +122,60 @@ def close_rank() -> None:
     if _SHARED.users == 0:
         _SHARED.context = None
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        # An engine in this process may have ended torch.distributed as a whole when it was closed.
+        if _SHARED.owns_world and dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def _join(*, rank: int, parallel: ParallelConfig, device: torch.device) -> RankContext:
-    """A further model in a process that is a rank already."""
-    context = _SHARED.context
-    assert context is not None
-    if (rank, device) != (context.rank, context.device) or not _same_sizes(parallel, context.parallel):
+def _prepare(device: torch.device) -> None:
+    """Bind megatron-core to the device, before anything is on it."""
+    if device.type == "cpu":
+        cpu.install()
+        torch.set_num_threads(1)  # ranks share the cores; gloo and the autograd engine have threads of their own
+        return
+    # With one queue, gradients leave for the other tensor-parallel ranks while the next product is computed; it is
+    # read when CUDA starts in this process.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.cuda.set_device(device)
+
+
+def _connect(device: torch.device, *, rank: int, world: int, rendezvous: str | Store | None, timeout_s: float) -> bool:
+    """Start torch.distributed, or use the one that something else, such as an engine, has started in this process.
+
+    Returns:
+        Whether it was started here.
+    """
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (rank, world):
+            raise LayoutError(
+                f"torch.distributed already makes this process rank {dist.get_rank()} of {dist.get_world_size()}; "
+                f"it cannot also be rank {rank} of {world}: give the model processes of its own"
+            )
+        return False
+    store, address = (None, rendezvous) if isinstance(rendezvous, str) else (rendezvous or HashStore(), None)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cuda:nccl,cpu:gloo",
+        store=store,
+        init_method=address,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return True
+
+
+def _join(context: RankContext, *, rank: int, parallel: ParallelConfig, device: torch.device) -> RankContext:
+    """A further model in a process that is a rank already; it may differ in what needs no groups of its own."""
+    if (rank, device) != (context.rank, context.device) or not _same_groups(parallel, context.parallel):
         raise LayoutError(
             f"this process is rank {context.rank} of {context.parallel} on {context.device}, and cannot also be rank "
             f"{rank} of {parallel} on {device}; give that model processes of its own"
         )
     _SHARED.users += 1
-    return context
+    return replace(context, parallel=parallel)
 
 
-def _same_sizes(one: ParallelConfig, other: ParallelConfig) -> bool:
+def _same_groups(one: ParallelConfig, other: ParallelConfig) -> bool:
     return (one.tensor, one.pipeline, one.data) == (other.tensor, other.pipeline, other.data)
 
 
