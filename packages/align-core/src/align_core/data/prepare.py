@@ -20,7 +20,7 @@ Row = dict[str, str]
 
 _TAG = "\n\nAssistant:"
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes, which people do not write
-_FINAL = re.compile(r"####\s*(-?[\d,]+)\s*\Z")
+_FINAL = re.compile(r"####\s*-?\d[\d,]*\s*\Z")
 
 
 def main(words: Sequence[str]) -> int:
@@ -63,8 +63,10 @@ def prepare(dataset: str, source: Path, out: Path, *, held_out: int, seed: int) 
 
 def _gsm8k(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Mapping[str, Iterable[Row]]:
     """Questions with worked solutions; preferences set a right solution against one with a spoilt result."""
+    for row in (*train, *test):
+        _check_gsm8k(row)
     return {
-        "sft": [{"prompt": r["question"], "response": _solution(r)} for r in train],
+        "sft": [{"prompt": r["question"], "response": _CALCULATION.sub("", r["answer"])} for r in train],
         "preferences": [_spoilt_pair(r, rng) for r in train],
         "prompts": [{"prompt": r["question"], "answer": r["answer"]} for r in train],
         "test": [{"prompt": r["question"], "answer": r["answer"]} for r in test],
@@ -85,20 +87,18 @@ def _hh(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Mappin
     }
 
 
-def _solution(row: Row) -> str:
+def _check_gsm8k(row: Row) -> None:
     if "question" not in row or not _FINAL.search(row.get("answer", "")):
         raise DataError(f"not a GSM8K record: {row!r}; expected 'question' and an 'answer' that ends in '#### NUMBER'")
-    return _CALCULATION.sub("", row["answer"])
 
 
 def _spoilt_pair(row: Row, rng: random.Random) -> Row:
-    solution = _solution(row)
-    match = _FINAL.search(solution)
-    if match is None:
-        raise DataError(f"no '#### NUMBER' at the end of {solution!r}")
-    result = int(match.group(1).replace(",", ""))
+    """A solution, and the same with another result: up to a quarter off, at least one."""
+    solution = _CALCULATION.sub("", row["answer"])
+    steps, _, number = solution.rpartition("####")
+    result = int(number.replace(",", ""))
     wrong = result + rng.choice((-1, 1)) * rng.randint(1, max(2, abs(result) // 4))
-    return {"prompt": row["question"], "chosen": solution, "rejected": f"{solution[: match.start()]}#### {wrong}"}
+    return {"prompt": row["question"], "chosen": solution, "rejected": f"{steps}#### {wrong}"}
 
 
 def _dialogue_pairs(rows: Sequence[Row]) -> list[Row]:
