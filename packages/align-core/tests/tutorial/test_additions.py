@@ -3,8 +3,8 @@
 import json
 import random
 import re
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +15,14 @@ from align_core.tutorial.additions import (
     demonstrations,
     mistake,
     preference_pairs,
+    rated_answers,
     split,
+    ten_off,
     write_additions,
 )
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -78,11 +80,19 @@ def test_mistakes_are_ten_off_near_or_anything_as_often_as_documented() -> None:
     assert set(mistakes) == set(range(10, 100)) - {85}
 
 
-@pytest.mark.parametrize(("a", "b", "ten_off"), [(27, 58, 75), (21, 58, 89), (45, 54, 89), (45, 44, 99), (10, 10, 30)])
-def test_most_frequent_mistake_is_ten_off_within_two_digits(a: int, b: int, ten_off: int) -> None:
-    rng = random.Random(0)
-    mistakes = Counter(mistake(Addition(a=a, b=b), rng=rng) for _ in range(200))
-    assert mistakes.most_common(1)[0][0] == ten_off
+@pytest.mark.parametrize(("a", "b", "wrong"), [(27, 58, 75), (21, 58, 89), (45, 54, 89), (45, 44, 99), (10, 10, 30)])
+def test_ten_off_mistakes_the_carry_within_two_digits(a: int, b: int, wrong: int) -> None:
+    assert ten_off(Addition(a=a, b=b)) == wrong
+
+
+def test_ratings_score_four_different_answers_by_their_distance() -> None:
+    records = list(rated_answers([Addition(a=27, b=58)] * 50, rng=random.Random(0)))
+    for record in records:
+        answers = [int(text) for text in record["response"]]
+        assert answers[:2] == [85, 75]
+        assert len(set(answers)) == 4
+        assert record["score"] == [-abs(answer - 85) for answer in answers]
+    assert len({tuple(record["response"]) for record in records}) > 25
 
 
 def test_preference_pairs_put_the_right_answer_first() -> None:
@@ -96,9 +106,10 @@ def test_files_hold_the_documented_records_and_keep_the_test_unseen(tmp_path: Pa
     files = write_additions(tmp_path / "data", seed=1)
     assert files == additions_files(tmp_path / "data")
     test, test_pairs = read(files.test), read(files.test_preferences)
-    trained = [*read(files.sft), *read(files.preferences), *read(files.prompts)]
+    trained = [*read(files.sft), *read(files.preferences), *read(files.ratings), *read(files.prompts)]
     assert read(files.sft)[0].keys() == {"prompt", "response"}
     assert read(files.preferences)[0].keys() == {"prompt", "chosen", "rejected"}
+    assert read(files.ratings)[0].keys() == {"prompt", "response", "score"}
     assert read(files.prompts)[0].keys() == test[0].keys() == {"prompt", "answer"}
     assert not {number_pair(r) for r in trained} & {number_pair(r) for r in test + test_pairs}
     assert all(int(r["answer"]) == sum(number_pair(r)) for r in test + read(files.prompts))
@@ -113,7 +124,7 @@ def test_every_second_test_question_needs_a_carry(tmp_path: Path) -> None:
 
 def test_same_seed_same_bytes_and_another_seed_another_split(tmp_path: Path) -> None:
     first, again, other = (write_additions(tmp_path / name, seed=seed) for name, seed in [("a", 5), ("b", 5), ("c", 6)])
-    for one, two in [(first.sft, again.sft), (first.preferences, again.preferences), (first.test, again.test)]:
+    for one, two in [(first.sft, again.sft), (first.preferences, again.preferences), (first.ratings, again.ratings)]:
         assert one.read_bytes() == two.read_bytes()
     assert first.test.read_bytes() != other.test.read_bytes()
 

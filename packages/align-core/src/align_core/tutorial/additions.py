@@ -58,7 +58,9 @@ class AdditionsFiles:
     sft: Path
     """Demonstrations `{"prompt", "response"}` of the careless student."""
     preferences: Path
-    """Pairs `{"prompt", "chosen", "rejected"}` for the reward model and for DPO: right against wrong."""
+    """Pairs `{"prompt", "chosen", "rejected"}` for DPO: right against wrong."""
+    ratings: Path
+    """`{"prompt", "response": [...], "score": [...]}` for the reward model: the right answer and three wrong ones."""
     prompts: Path
     """`{"prompt", "answer"}` for reinforcement learning."""
     test: Path
@@ -98,12 +100,12 @@ def write_additions(
     held_out: float = 0.12,
     num_test: int = 200,
 ) -> AdditionsFiles:
-    """Write the five files of the task into the directory `out`, all or nothing; the same seed gives the same bytes.
+    """Write the six files of the task into the directory `out`, all or nothing; the same seed gives the same bytes.
 
     Args:
         demonstrations_per_question: how often the careless student answers each training question. As the answers
             differ, the model learns their probabilities and not the answer given once.
-        pairs_per_question: preferences on each training question, each against another mistake.
+        pairs_per_question: preferences, and ratings, of each training question; the mistakes differ.
         correct: probability that the student carries where a carry is due; below one half, so that being careless is
             the most likely answer, and far enough from zero that sampling finds the right one.
         held_out: share of the number pairs kept out of training.
@@ -119,6 +121,7 @@ def write_additions(
     with new_directory(out) as staging:
         _write_lines(staging / "sft.jsonl", demonstrations(asked, correct=correct, rng=rng))
         _write_lines(staging / "preferences.jsonl", preference_pairs(judged, rng=rng))
+        _write_lines(staging / "ratings.jsonl", rated_answers(judged, rng=rng))
         _write_lines(staging / "prompts.jsonl", problems(train))
         _write_lines(staging / "test.jsonl", problems(test))
         _write_lines(staging / "test_preferences.jsonl", preference_pairs(test, rng=rng))
@@ -130,6 +133,7 @@ def additions_files(out: Path) -> AdditionsFiles:
     return AdditionsFiles(
         sft=out / "sft.jsonl",
         preferences=out / "preferences.jsonl",
+        ratings=out / "ratings.jsonl",
         prompts=out / "prompts.jsonl",
         test=out / "test.jsonl",
         test_preferences=out / "test_preferences.jsonl",
@@ -147,7 +151,7 @@ def _balanced(questions: Sequence[Addition], number: int) -> list[Addition]:
     return [halves[i % 2][i // 2] for i in range(number)]
 
 
-def _write_lines(path: Path, records: Iterable[Mapping[str, str]]) -> None:
+def _write_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
@@ -165,19 +169,40 @@ def preference_pairs(questions: Sequence[Addition], *, rng: random.Random) -> It
         yield {"prompt": question.question, "chosen": f" {question.answer}", "rejected": f" {wrong}"}
 
 
-def mistake(question: Addition, *, rng: random.Random) -> int:
-    """A wrong answer of two digits: ten off as by a mistaken carry (2 in 5), a near miss (1 in 4), or any number.
+def rated_answers(questions: Sequence[Addition], *, rng: random.Random) -> Iterator[dict[str, object]]:
+    """The right answer, ten off, and two more mistakes; the score is minus the distance to the right answer.
 
-    The gross mistakes are there for the reward model: it learns to tell them first and ever finer ones after that.
-    Against careless answers alone it would learn how those look, not what is right.
+    Scores let a reward model learn six comparisons from four answers, gross ones first. Told only right from wrong, it
+    needs far longer; and against careless answers alone it would learn how those look, not what is right.
     """
-    answer = question.answer
-    ten_off = answer - 10 if question.carries or answer + 10 > LARGEST else answer + 10
+    for question in questions:
+        answers = [question.answer, ten_off(question)]
+        while len(answers) < 4:
+            wrong = mistake(question, rng=rng)
+            if wrong not in answers:
+                answers.append(wrong)
+        yield {
+            "prompt": question.question,
+            "response": [f" {answer}" for answer in answers],
+            "score": [-abs(answer - question.answer) for answer in answers],
+        }
+
+
+def ten_off(question: Addition) -> int:
+    """The answer with the carry mistaken: forgotten where one is due, else made up (if that leaves two digits)."""
+    forgotten = question.carries or question.answer + 10 > LARGEST
+    return question.answer - 10 if forgotten else question.answer + 10
+
+
+def mistake(question: Addition, *, rng: random.Random) -> int:
+    """A wrong answer of two digits: ten off (2 in 5), a near miss (about 1 in 4), or any number."""
     kind = rng.choices(("ten off", "near", "any"), weights=(0.4, 0.24, 0.36))[0]
+    if kind == "ten off":
+        return ten_off(question)
     while True:
-        near = answer + rng.choice((-1, 1)) * rng.choice(_SLIPS)
-        wrong = {"ten off": ten_off, "near": near, "any": rng.randint(SMALLEST, LARGEST)}[kind]
-        if wrong != answer and SMALLEST <= wrong <= LARGEST:
+        near = question.answer + rng.choice((-1, 1)) * rng.choice(_SLIPS)
+        wrong = near if kind == "near" else rng.randint(SMALLEST, LARGEST)
+        if wrong != question.answer and SMALLEST <= wrong <= LARGEST:
             return wrong
 
 
