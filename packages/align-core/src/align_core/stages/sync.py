@@ -49,11 +49,17 @@ def compare_logprobs(
     Raises:
         SyncError: the mean is beyond `threshold`, or a value is not finite.
     """
+    bad = int(np.sum(~np.isfinite(engine_N) | ~np.isfinite(trainer_N)))
+    if bad:
+        raise SyncError(
+            f"{bad} of {len(engine_N)} log-probs of tokens sampled by weight version {version} are not finite; "
+            "the weights have diverged: lower optimizer.lr and start again from an earlier checkpoint"
+        )
     difference = np.abs(engine_N.astype(np.float64) - trainer_N.astype(np.float64))
     canary = Canary(
         mean=float(difference.mean()), p99=float(np.quantile(difference, 0.99)), max=float(difference.max())
     )
-    if not canary.mean <= threshold:
+    if canary.mean > threshold:
         raise SyncError(
             f"engine and trainer disagree on the log-probs of {len(difference)} tokens sampled by weight version "
             f"{version}: mean {canary.mean:.4g}, p99 {canary.p99:.4g}, max {canary.max:.4g} nats, allowed mean "
