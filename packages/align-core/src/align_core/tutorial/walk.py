@@ -115,16 +115,7 @@ def _program(name: str) -> Path:
 
 def _run(step: Step, log: Path, console: Console) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, Status("", console=console) as status:
-        process = subprocess.Popen(
-            [str(_program(step.argv[0])), *step.argv[1:]],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "COLUMNS": "200"},  # or rich folds the log's lines at 80 columns
-        )
+    with log.open("a", encoding="utf-8") as file, Status("", console=console) as status, _start(step) as process:
         try:
             for line in process.stdout or ():
                 file.write(line)
@@ -133,7 +124,6 @@ def _run(step: Step, log: Path, console: Console) -> None:
                     status.update(Text(line.strip()[: max(console.width - 4, 20)]))  # Text: a log is not markup
         except BaseException:
             process.terminate()
-            process.wait()
             raise
         code = process.wait()
     if code or not step.done.exists():
@@ -143,3 +133,15 @@ def _run(step: Step, log: Path, console: Console) -> None:
             f"{shlex.join(step.argv)}\n{ending}; the end of its log ({log}):\n{tail}\n"
             "mend the cause and run the same `align tutorial` command again: it continues here"
         )
+
+
+def _start(step: Step) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [str(_program(step.argv[0])), *step.argv[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "COLUMNS": "200"},  # or rich folds the log's lines at 80 columns
+    )
