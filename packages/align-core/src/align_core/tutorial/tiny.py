@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from align_core.atomic import new_directory
 from align_core.errors import missing_dependency
 from align_core.tutorial import additions
-from align_core.tutorial.staging import new_directory
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
