@@ -38,8 +38,8 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def check_readable(out: Path) -> None:
-    assert {path.stem for path in out.iterdir()} == FILES
+def check_readable(out: Path, *more: str) -> None:
+    assert {path.stem for path in out.iterdir()} == FILES | set(more)
     read_sft(out / "sft.jsonl")
     read_ranked(out / "preferences.jsonl")
     read_preferences(out / "test_preferences.jsonl")
@@ -98,7 +98,8 @@ def test_compressed_source_gives_the_same_files_and_the_seed_decides_what_is_hel
 
 def test_additions_need_no_source_and_hold_out_as_many_as_asked(tmp_path: Path) -> None:
     assert main(["data", "prepare", "additions", "--out", str(tmp_path / "out"), "--held_out", "20"]) == 0
-    check_readable(tmp_path / "out")
+    check_readable(tmp_path / "out", "ratings")
+    assert all(len(record.responses) == 4 for record in read_ranked(tmp_path / "out" / "ratings.jsonl"))
     assert len(read(tmp_path / "out" / "test.jsonl")) == 20
 
 

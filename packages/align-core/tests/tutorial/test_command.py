@@ -54,6 +54,7 @@ def test_default_is_the_tiny_model_with_its_recipe(walk: Walk, capsys: pytest.Ca
     )
     assert road.make_model == ("align", "make-model", "tiny", "--out", "runs/tutorial-tiny/hf/start", "--seed", "0")
     assert road.make_data[:4] == ("align", "data", "prepare", "additions")
+    assert road.reward_data == "ratings"
     assert walk.command == "align tutorial"
     assert [step.name for step in walk.steps][:4] == ["model", "data", "to-megatron", "sft"]
     assert capsys.readouterr().out == f"the report: {(road.out / 'report.html').resolve()}\n"
@@ -76,6 +77,7 @@ def test_smollm2_takes_the_users_questions_and_one_rank(walk: Walk, tmp_path: Pa
     road = road_of(walk, "--model", "smollm2", "--data", str(tmp_path / "train.jsonl"))
     assert (road.recipe, road.tensor, road.limit, road.context) == ("smollm2", 1, 50, 1024)
     assert road.make_data[-2:] == ("--source", str(tmp_path / "train.jsonl"))
+    assert road.reward_data == "preferences"
 
 
 @pytest.mark.parametrize(

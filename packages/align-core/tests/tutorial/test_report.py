@@ -55,6 +55,7 @@ def road(tmp_path: Path) -> Road:
         dtype="float32",
         make_model=(),
         make_data=(),
+        reward_data="ratings",
     )
 
 

@@ -28,6 +28,7 @@ def road(**changes: object) -> Road:
         dtype="float32",
         make_model=("align", "make-model", "tiny", "--out", str(OUT / "hf" / "start")),
         make_data=("align", "data", "prepare", "additions", "--out", str(OUT / "data")),
+        reward_data="ratings",
     )
     return dataclasses.replace(made, **changes)
 
@@ -65,7 +66,7 @@ def test_stage_commands_parse_and_carry_the_roads_choices() -> None:
     assert (reward_model.reward, reward_model.reward_model) == ("model", OUT / "reward" / "model")
     reward = stage_settings(steps["reward"])
     assert isinstance(reward, RewardConfig)
-    assert reward.eval_data == OUT / "data" / "test_preferences.jsonl"
+    assert (reward.data, reward.eval_data) == (OUT / "data" / "ratings.jsonl", OUT / "data" / "test_preferences.jsonl")
     assert {stage_settings(steps[name]).model for name in TRAINED[1:]} == {OUT / "sft" / "model"}
 
 

@@ -67,6 +67,7 @@ def _road(options: argparse.Namespace) -> Road:
         dtype=options.dtype,
         make_model=_words("align", "make-model", options.model, "--out", out / "hf" / "start", "--seed", options.seed),
         make_data=_data_command(options, task, out / "data"),
+        reward_data="ratings" if task == "additions" else "preferences",
     )
     if not options.quick:
         return road

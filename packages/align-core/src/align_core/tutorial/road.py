@@ -7,6 +7,11 @@ from pathlib import Path
 from align_core.tutorial.walk import Step
 
 
+# A reward model can be fooled, a verifiable reward cannot: the pull to the SFT model keeps the policy where the reward
+# model has seen answers. Without it the tiny policy finds wrong sums that the reward model likes better.
+_REWARD_MODEL_KL = 0.3
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Road:
     """What distinguishes one walk from another."""
@@ -33,6 +38,8 @@ class Road:
     """Command that makes the Hugging Face directory."""
     make_data: tuple[str, ...]
     """Command that writes the data files."""
+    reward_data: str
+    """Which of them the reward model learns from: `ratings`, or `preferences` where there are only pairs."""
 
     @property
     def start(self) -> Path:
@@ -68,10 +75,18 @@ def steps_of(road: Road) -> list[Step]:
             "reward",
             "Reward model",
             model=_model(road, "sft"),
-            data="preferences",
+            data=road.reward_data,
             extra=("--eval_data", str(road.data / "test_preferences.jsonl")),
         ),
-        _stage(road, "grpo", "grpo", "GRPO, verifiable reward", model=_model(road, "sft"), data="prompts"),
+        _stage(
+            road,
+            "grpo",
+            "grpo",
+            "GRPO, verifiable reward",
+            model=_model(road, "sft"),
+            data="prompts",
+            extra=("--eval_data", str(road.data / "test.jsonl")),
+        ),
         _stage(
             road,
             "grpo_reward_model",
@@ -79,7 +94,10 @@ def steps_of(road: Road) -> list[Step]:
             "GRPO, reward model",
             model=_model(road, "sft"),
             data="prompts",
-            extra=("--reward", "model", "--reward_model", str(_model(road, "reward"))),
+            extra=(
+                *("--eval_data", str(road.data / "test.jsonl"), "--loss.kl_coef", str(_REWARD_MODEL_KL)),
+                *("--reward", "model", "--reward_model", str(_model(road, "reward"))),
+            ),
         ),
         _stage(road, "dpo", "dpo", "DPO", model=_model(road, "sft"), data="preferences"),
         *(
