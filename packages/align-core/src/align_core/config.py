@@ -344,12 +344,16 @@ class GrpoConfig(StageConfig):
     """Group size (n; the tutorial's 8) and lengths."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The rollout engine."""
+    eval_data: Path | None = None
+    """Held-out prompts; the mean reward of greedy answers to them is logged as `eval_reward`."""
+    eval_every: int = 10
+    """Steps between evaluations; also before the first step and after the last."""
     canary_threshold: float = 0.1
     """Largest mean |log-prob difference| between engine and trainer on the same tokens, nats, before the run stops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "updates_per_rollout", "canary_threshold")
+        _positive(self, "updates_per_rollout", "eval_every", "canary_threshold")
         if self.reward == "model" and self.reward_model is None:
             raise ConfigError("reward 'model' needs the directory of a reward model; give --reward_model DIR")
         if self.reward != "model" and self.reward_model is not None:

@@ -38,7 +38,7 @@ def road(tmp_path: Path) -> Road:
         write_lines(tmp_path / "accuracy" / f"{name}.jsonl", rows)
     (tmp_path / "accuracy" / "accuracy.json").write_text(json.dumps(accuracy))
     metrics = {"sft": ["loss"], "reward": ["accuracy", "loss"], "dpo": ["margin", "accuracy"]}
-    metrics |= {"grpo": ["reward"], "grpo_reward_model": ["reward"]}
+    metrics |= {"grpo": ["reward", "eval_reward"], "grpo_reward_model": ["eval_reward"]}
     for stage, names in metrics.items():
         rows = [{"step": step, **dict.fromkeys(names, step / 16), "time": 0.0} for step in range(STEPS)]
         write_lines(tmp_path / stage / "metrics.jsonl", rows)
@@ -86,7 +86,7 @@ def test_summary_of_the_curves_by_hand(road: Road) -> None:
     curves = json.loads((road.out / "summary.json").read_text())["curves"]
     assert [(c["stage"], c["metric"]) for c in curves] == [
         *(("sft", "loss"), ("reward", "accuracy"), ("reward", "loss"), ("grpo", "reward")),
-        *(("grpo_reward_model", "reward"), ("dpo", "margin"), ("dpo", "accuracy")),
+        *(("grpo", "eval_reward"), ("grpo_reward_model", "eval_reward"), ("dpo", "margin"), ("dpo", "accuracy")),
     ]
     for curve in curves:
         assert (curve["steps"], curve["first_tenth"], curve["last_tenth"]) == (20, 0.5 / 16, 18.5 / 16)
@@ -134,6 +134,15 @@ def test_curves_are_the_shown_metrics_of_stages_that_have_them(tmp_path: Path) -
     write_lines(tmp_path / "grpo" / "metrics.jsonl", [{"step": 0, "reward": 0.5, "loss": 1.0}])
     (curve,) = read_curves(tmp_path)
     assert (curve.stage, curve.metric, curve.values, curve.first, curve.last) == ("grpo", "reward", (0.5,), 0.5, 0.5)
+
+
+def test_evaluation_of_the_finished_model_ends_its_curve(tmp_path: Path) -> None:
+    """Evaluations before steps 0 and 10 stand in the metrics, the one after the last of 15 steps in result.json."""
+    lines = [{"step": 0, "eval_reward": 0.25}, {"step": 1, "loss": 0.0}, {"step": 10, "eval_reward": 0.5}]
+    write_lines(tmp_path / "grpo" / "metrics.jsonl", lines)
+    (tmp_path / "grpo" / "result.json").write_text(json.dumps({"steps": 15, "eval_reward": 0.75}))
+    (curve,) = read_curves(tmp_path)
+    assert (curve.steps, curve.values, curve.improved) == ((0, 10, 15), (0.25, 0.5, 0.75), True)
     assert not curve.improved
     assert draw([]) == ""
 

@@ -1,4 +1,4 @@
-"""A `World` over Ray: trainers as groups of Megatron ranks, engines in processes of their own, on shared GPUs or CPUs."""
+"""A `World` over Ray: trainers as groups of Megatron ranks, engines in processes of their own, on shared devices."""
 
 import shutil
 import tempfile
@@ -91,15 +91,18 @@ class RayTrainer:
 
     def logprobs(self, batch: Batch) -> NDArray[np.float32]:
         """See `align_core.contracts.Trainer`."""
-        return self._first("logprobs", batch)
+        logprobs: NDArray[np.float32] = self._first("logprobs", batch)
+        return logprobs
 
     def scores(self, batch: Batch) -> NDArray[np.float32]:
         """See `align_core.contracts.SupportsScoring`."""
-        return self._first("scores", batch)
+        scores: NDArray[np.float32] = self._first("scores", batch)
+        return scores
 
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         """See `align_core.contracts.Trainer`."""
-        return self._first("step", batch, loss)
+        metrics: Mapping[str, float] = self._first("step", batch, loss)
+        return metrics
 
     def weights(self) -> WeightSource:
         """The weights, through a file in shared memory that each rank writes its own part of."""
@@ -111,7 +114,8 @@ class RayTrainer:
 
     def load(self, path: Path) -> Mapping[str, str]:
         """See `align_core.contracts.Trainer`."""
-        return self._first("load", path)
+        state: Mapping[str, str] = self._first("load", path)
+        return state
 
     def export(self, path: Path) -> None:
         """See `align_core.contracts.SupportsExport`."""

@@ -31,11 +31,11 @@ def sft(model: Path, data: Path, out: Path) -> SftConfig:
         model=model,
         data=data,
         out=out,
-        steps=500,
+        steps=300,
         batch_size=128,
         max_length=_CONTEXT,
         parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.01),
+        optimizer=OptimizerConfig(lr=2e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1),
     )
 
 
@@ -45,11 +45,11 @@ def reward(model: Path, data: Path, out: Path) -> RewardConfig:
         model=model,
         data=data,
         out=out,
-        steps=120,
+        steps=300,
         batch_size=64,
         max_length=_CONTEXT,
         parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=10),
+        optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=10, weight_decay=0.1),
     )
 
 
@@ -59,13 +59,13 @@ def grpo(model: Path, data: Path, out: Path) -> GrpoConfig:
         model=model,
         data=data,
         out=out,
-        steps=60,
+        steps=50,
         batch_size=64,
         max_length=_CONTEXT,
-        save_every=20,
+        save_every=10,
         parallel=_TWO_RANKS,
         reward_model_parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=3e-4, schedule="constant", warmup_steps=5),
+        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
         loss=GrpoLoss(kl_coef=0.0),
         sampling=SamplingConfig(n=8, max_tokens=8),
         engine=EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
@@ -78,11 +78,11 @@ def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
         model=model,
         data=data,
         out=out,
-        steps=100,
+        steps=80,
         batch_size=64,
         max_length=_CONTEXT,
         parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=3e-4, schedule="cosine", warmup_steps=10),
+        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=10),
         loss=DpoLoss(beta=0.1),
     )
 

@@ -6,16 +6,17 @@ Old log-probs are the trainer's own, on exactly the token ids that the engine sa
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.config import GrpoConfig, TrainerConfig
+from align_core.config import GrpoConfig, SamplingConfig, TrainerConfig
+from align_core.contracts import RolloutEngine
 from align_core.data.order import indices_of_step
 from align_core.data.records import PromptRecord, read_prompts
 from align_core.errors import DataError
-from align_core.stages.rewards import make_reward
+from align_core.stages.rewards import Reward, make_reward
 from align_core.stages.run import Run
 from align_core.stages.sync import check_versions, compare_logprobs, synchronise
 from align_core.stages.world import Model, World
@@ -28,6 +29,8 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
     tokenizer = load_tokenizer(config.model)
     records = read_prompts(config.data)
     prompts = _encode(tokenizer, records, config)
+    held_out = read_prompts(config.eval_data) if config.eval_data else []
+    held_out_prompts = _encode(tokenizer, held_out, config)
     run = Run(config)
     if run.finished:
         return
@@ -35,46 +38,83 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
     policy = world.trainer(TrainerConfig.of_stage(config, updates_per_step=config.updates_per_rollout))
     reference = world.trainer(TrainerConfig.of_stage(config, trainable=False)) if config.loss.kl_coef else None
     engine = world.engine(config.model, config.engine)
+    sampling = replace(config.sampling, seed=config.sampling.seed + config.seed)
+    greedy = replace(sampling, n=1, temperature=0.0)
+
+    def evaluate(version: int) -> dict[str, float]:
+        """The mean reward of greedy answers to the held-out prompts, by the weights that the engine holds."""
+        if not held_out:
+            return {}
+        first_id = config.steps * config.batch_size  # beyond the ids of all training prompts
+        asked = [Prompt(id=first_id + k, tokens=tokens) for k, tokens in enumerate(held_out_prompts)]
+        rollout = _roll_out(engine, reward, held_out, asked, sampling=greedy, version=version)
+        return {"eval_reward": float(rollout.rewards.mean())}
 
     for step in run.steps(policy):
         clock = _Clock()
         # Version = steps done: what the engine samples with is what the policy was after that many steps.
         synchronise(policy.weights(), engine.weight_sink(), version=step)
         clock.lap("sync")
+        evaluation = evaluate(step) if step % config.eval_every == 0 else {}
+        clock.lap("evaluate")
         chosen = indices_of_step(step, records=len(prompts), batch_size=config.batch_size, seed=config.seed)
         asked = [Prompt(id=step * config.batch_size + k, tokens=prompts[i]) for k, i in enumerate(chosen)]
-        completions = engine.generate(asked, replace(config.sampling, seed=config.sampling.seed + config.seed))
-        check_versions(completions, version=step)
-        clock.lap("generate")
-        batch = rollout_batch(asked, completions)
-        rewards = reward([records[i] for i in chosen for _ in range(config.sampling.n)], completions, batch)
-        clock.lap("score")
-        old = policy.logprobs(batch)
-        columns = {"old_logprobs": old}
-        if reference:
-            columns["reference_logprobs"] = reference.logprobs(batch)
-        sampled = batch.mask
-        canary = compare_logprobs(
-            batch.token_column("engine_logprobs")[sampled].astype(np.float32),
-            old[sampled],
-            threshold=config.canary_threshold,
-            version=step,
-        )
-        batch = batch.with_columns(tokens=columns, sequences={"reward": rewards})
+        rollout = _roll_out(engine, reward, [records[i] for i in chosen], asked, sampling=sampling, version=step)
+        clock.restart()
+        batch, canary = _with_logprobs(rollout, policy, reference, threshold=config.canary_threshold, version=step)
         metrics = _update(policy, batch, config)
         clock.lap("train")
-        run.log(
-            step,
-            {
-                **_describe(rewards, completions, config.sampling.n),
-                **metrics,
-                "canary_mean": canary.mean,
-                "canary_p99": canary.p99,
-                "canary_max": canary.max,
-                **clock.laps,
-            },
-        )
-    run.finish(policy, {"records": len(records), "reward": config.reward})
+        described = {**_describe(rollout, sampling.n), **evaluation, **metrics, **canary}
+        run.log(step, {**described, **rollout.seconds, **clock.laps})
+    synchronise(policy.weights(), engine.weight_sink(), version=config.steps)
+    run.finish(policy, {"records": len(records), "reward": config.reward, **evaluate(config.steps)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """Completions with their rewards."""
+
+    completions: list[Completion]
+    batch: Batch
+    """Prompt and completion of each, with the columns of `rollout_batch`."""
+    rewards: NDArray[np.float32]
+    """float32 [B]."""
+    seconds: dict[str, float]
+    """`seconds_generate` and `seconds_score`."""
+
+
+def _roll_out(
+    engine: RolloutEngine,
+    reward: Reward,
+    records: Sequence[PromptRecord],
+    prompts: Sequence[Prompt],
+    *,
+    sampling: SamplingConfig,
+    version: int,
+) -> Rollout:
+    """Samples `sampling.n` completions a prompt with the weights `version`, and scores them."""
+    clock = _Clock()
+    completions = engine.generate(prompts, sampling)
+    check_versions(completions, version=version)
+    clock.lap("generate")
+    batch = rollout_batch(prompts, completions)
+    rewards = reward([record for record in records for _ in range(sampling.n)], completions, batch)
+    clock.lap("score")
+    return Rollout(completions=completions, batch=batch, rewards=rewards, seconds=clock.laps)
+
+
+def _with_logprobs(
+    rollout: Rollout, policy: Model, reference: Model | None, *, threshold: float, version: int
+) -> tuple[Batch, dict[str, float]]:
+    """The batch to train on, with the trainer's own log-probs, and how far the engine's were from them."""
+    batch = rollout.batch
+    columns = {"old_logprobs": policy.logprobs(batch)}
+    if reference:
+        columns["reference_logprobs"] = reference.logprobs(batch)
+    engine_N = batch.token_column("engine_logprobs")[batch.mask].astype(np.float32)
+    canary = compare_logprobs(engine_N, columns["old_logprobs"][batch.mask], threshold=threshold, version=version)
+    batch = batch.with_columns(tokens=columns, sequences={"reward": rollout.rewards})
+    return batch, {"canary_mean": canary.mean, "canary_p99": canary.p99, "canary_max": canary.max}
 
 
 def rollout_batch(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Batch:
@@ -114,14 +154,13 @@ def _update(policy: Model, batch: Batch, config: GrpoConfig) -> dict[str, float]
     return {name: float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
 
 
-def _describe(rewards: NDArray[np.float32], completions: Sequence[Completion], n: int) -> dict[str, float]:
-    lengths = [len(c.tokens) for c in completions]
+def _describe(rollout: Rollout, n: int) -> dict[str, float]:
     return {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "tied_groups": float(np.mean(rewards.reshape(-1, n).std(axis=1) == 0)),
-        "length": float(np.mean(lengths)),
-        "truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
+        "reward": float(rollout.rewards.mean()),
+        "reward_std": float(rollout.rewards.std()),
+        "tied_groups": float(np.mean(rollout.rewards.reshape(-1, n).std(axis=1) == 0)),
+        "length": float(np.mean([len(c.tokens) for c in rollout.completions])),
+        "truncated": float(np.mean([c.finish_reason == "length" for c in rollout.completions])),
     }
 
 
@@ -130,9 +169,13 @@ class _Clock:
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """The next lap begins now."""
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"seconds_{name}"] = now - self._last
-        self._last = now
+        """The lap that ends now was `name`."""
+        self.laps[f"seconds_{name}"] = time.perf_counter() - self._last
+        self.restart()

@@ -1,6 +1,7 @@
 """Learning curves as inline SVG: the metrics of each stage, one small panel a metric."""
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from align_core.errors import missing_dependency
 from align_core.stages.run import read_metrics
 
-_WINDOW = 9  # steps of the running mean that is drawn over the raw values
+_WINDOW = 9  # values of the running mean that is drawn over the raw ones, where there are many
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,8 @@ class Curve:
     label: str
     better: str
     """`higher` or `lower`."""
+    steps: tuple[int, ...]
+    """Updates done before each value was taken."""
     values: tuple[float, ...]
 
     @property
@@ -45,13 +48,15 @@ class Curve:
         return max(1, len(self.values) // 10)
 
 
-# What shows that a stage learns; the first line of each is its reward.
+# What shows that a stage learns. The samples' own reward says little under a reward model, whose scores differ more
+# between questions than between answers: there the reward on one fixed set of held-out questions counts.
 _SHOWN: Sequence[tuple[str, str, str, str]] = (
     ("sft", "loss", "SFT: loss on demonstrations", "lower"),
     ("reward", "accuracy", "Reward model: pairs ranked rightly", "higher"),
     ("reward", "loss", "Reward model: loss", "lower"),
-    ("grpo", "reward", "GRPO, verifiable reward: mean reward", "higher"),
-    ("grpo_reward_model", "reward", "GRPO, reward model: mean reward", "higher"),
+    ("grpo", "reward", "GRPO, verifiable reward: samples", "higher"),
+    ("grpo", "eval_reward", "GRPO, verifiable reward: held-out, greedy", "higher"),
+    ("grpo_reward_model", "eval_reward", "GRPO, reward model: held-out, greedy", "higher"),
     ("dpo", "margin", "DPO: implicit reward, chosen minus rejected", "higher"),
     ("dpo", "accuracy", "DPO: pairs ranked rightly", "higher"),
 )
@@ -61,10 +66,22 @@ def read_curves(out: Path) -> list[Curve]:
     """The shown metrics of every stage under OUT that has them."""
     curves = []
     for stage, metric, label, better in _SHOWN:
-        values = tuple(line[metric] for line in read_metrics(out / stage) if metric in line)
-        if values:
-            curves.append(Curve(stage=stage, metric=metric, label=label, better=better, values=values))
+        points = _points(out / stage, metric)
+        if points:
+            steps, values = zip(*points)
+            curves.append(Curve(stage=stage, metric=metric, label=label, better=better, steps=steps, values=values))
     return curves
+
+
+def _points(stage: Path, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric; an evaluation of the finished model stands in result.json."""
+    points = [(int(line["step"]), line[metric]) for line in read_metrics(stage) if metric in line]
+    result = stage / "result.json"
+    if result.exists():
+        finished = json.loads(result.read_text(encoding="utf-8"))
+        if finished.get(metric) is not None:
+            points.append((int(finished["steps"]), float(finished[metric])))
+    return points
 
 
 def draw(curves: Sequence[Curve]) -> str:
@@ -85,9 +102,8 @@ def draw(curves: Sequence[Curve]) -> str:
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
     for place, curve in enumerate(curves, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        steps = np.arange(1, len(curve.values) + 1)
-        axes.plot(steps, curve.values, color="#9db8d9", linewidth=0.9)
-        axes.plot(steps, _running_mean(np.asarray(curve.values)), color="#1f4e8c", linewidth=1.8)
+        axes.plot(curve.steps, curve.values, color="#9db8d9", linewidth=0.9)
+        axes.plot(curve.steps, _running_mean(np.asarray(curve.values)), color="#1f4e8c", linewidth=1.8)
         axes.set_title(curve.label, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -101,6 +117,6 @@ def draw(curves: Sequence[Curve]) -> str:
 
 def _running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """float64 [steps], centred means of `_WINDOW` values; the ends are repeated to fill the window."""
-    window = min(_WINDOW, len(values))
+    window = _WINDOW if len(values) > 2 * _WINDOW else 1
     padded = np.pad(values, (window // 2, window - 1 - window // 2), mode="edge")
     return np.convolve(padded, np.full(window, 1.0 / window), mode="valid").astype(np.float64)

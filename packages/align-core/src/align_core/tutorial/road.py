@@ -6,7 +6,6 @@ from pathlib import Path
 
 from align_core.tutorial.walk import Step
 
-
 # A reward model can be fooled, a verifiable reward cannot: the pull to the SFT model keeps the policy where the reward
 # model has seen answers. Without it the tiny policy finds wrong sums that the reward model likes better.
 _REWARD_MODEL_KL = 0.3
