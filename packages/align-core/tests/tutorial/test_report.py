@@ -134,15 +134,6 @@ def test_curves_are_the_shown_metrics_of_stages_that_have_them(tmp_path: Path) -
     write_lines(tmp_path / "grpo" / "metrics.jsonl", [{"step": 0, "reward": 0.5, "loss": 1.0}])
     (curve,) = read_curves(tmp_path)
     assert (curve.stage, curve.metric, curve.values, curve.first, curve.last) == ("grpo", "reward", (0.5,), 0.5, 0.5)
-
-
-def test_evaluation_of_the_finished_model_ends_its_curve(tmp_path: Path) -> None:
-    """Evaluations before steps 0 and 10 stand in the metrics, the one after the last of 15 steps in result.json."""
-    lines = [{"step": 0, "eval_reward": 0.25}, {"step": 1, "loss": 0.0}, {"step": 10, "eval_reward": 0.5}]
-    write_lines(tmp_path / "grpo" / "metrics.jsonl", lines)
-    (tmp_path / "grpo" / "result.json").write_text(json.dumps({"steps": 15, "eval_reward": 0.75}))
-    (curve,) = read_curves(tmp_path)
-    assert (curve.steps, curve.values, curve.improved) == ((0, 10, 15), (0.25, 0.5, 0.75), True)
     assert not curve.improved
     assert draw([]) == ""
 
@@ -161,3 +152,12 @@ def test_running_mean_by_hand() -> None:
     assert _running_mean(np.array([0.0, 3.0, 6.0])).tolist() == pytest.approx([1.0, 3.0, 5.0])
     assert _running_mean(np.full(50, 2.0)).tolist() == pytest.approx([2.0] * 50)
     assert len(_running_mean(np.zeros(1))) == 1
+
+
+def test_evaluation_of_the_finished_model_ends_its_curve(tmp_path: Path) -> None:
+    """Evaluations before steps 0 and 10 stand in the metrics, the one after the last of 15 steps in result.json."""
+    lines = [{"step": 0, "eval_reward": 0.25}, {"step": 1, "loss": 0.0}, {"step": 10, "eval_reward": 0.5}]
+    write_lines(tmp_path / "grpo" / "metrics.jsonl", lines)
+    (tmp_path / "grpo" / "result.json").write_text(json.dumps({"steps": 15, "eval_reward": 0.75}))
+    (curve,) = read_curves(tmp_path)
+    assert (curve.steps, curve.values, curve.improved) == ((0, 10, 15), (0.25, 0.5, 0.75), True)
