@@ -140,7 +140,9 @@ def test_curves_are_the_shown_metrics_of_stages_that_have_them(tmp_path: Path) -
 
 def test_drawing_has_a_panel_a_curve_and_is_the_same_each_time() -> None:
     curves = [
-        Curve(stage="s", metric="m", label=f"panel {n}", better="higher", values=tuple(range(n + 1))) for n in range(4)
+        Curve(stage="s", metric="m", label=f"{n}", better="higher", steps=values, values=values)
+        for n in range(4)
+        for values in [tuple(range(n + 1))]
     ]
     svg = draw(curves)
     assert svg.startswith("<svg")
@@ -148,10 +150,11 @@ def test_drawing_has_a_panel_a_curve_and_is_the_same_each_time() -> None:
 
 
 def test_running_mean_by_hand() -> None:
-    """Window 3 over 0, 3, 6 with the ends repeated: (0 + 0 + 3) / 3, (0 + 3 + 6) / 3, (3 + 6 + 6) / 3."""
-    assert _running_mean(np.array([0.0, 3.0, 6.0])).tolist() == pytest.approx([1.0, 3.0, 5.0])
-    assert _running_mean(np.full(50, 2.0)).tolist() == pytest.approx([2.0] * 50)
-    assert len(_running_mean(np.zeros(1))) == 1
+    """A ramp of 20 keeps its middle; its first value is (5 * 0 + 1 + 2 + 3 + 4) / 9. Three values stay as they are."""
+    ramp = _running_mean(np.arange(20.0))
+    assert ramp[0] == pytest.approx(10 / 9)
+    assert ramp[4:16].tolist() == pytest.approx(list(range(4, 16)))
+    assert _running_mean(np.array([0.0, 3.0, 6.0])).tolist() == [0.0, 3.0, 6.0]
 
 
 def test_evaluation_of_the_finished_model_ends_its_curve(tmp_path: Path) -> None:
