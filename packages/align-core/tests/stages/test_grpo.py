@@ -233,3 +233,48 @@ def test_prompts_leave_room_for_the_answer(
         assert tokenizer.decode(prompt.tokens).endswith("1?\n\nAssistant:")
     with pytest.raises(DataError, match=r"max_tokens 5 leaves no room .* max_length 64 and engine.context 5; lower it"):
         run_grpo(make_config("grpo", out="other", engine=EngineConfig(name="fake", context=5)), fake_world())
+
+
+def test_evaluation_is_greedy_on_the_held_out_prompts_by_the_weights_of_its_step(
+    tmp_path: Path, make_config: Callable[..., GrpoConfig], fake_world: Callable[..., Any], length: Any
+) -> None:
+    """Every 4 of 6 steps: before steps 0 and 4, and by the finished model, whose weights are version 6."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "1 + 1"}\n{"prompt": "2 + 2"}\n', encoding="utf-8")
+    config, world = make_config("grpo", eval_data=held_out, eval_every=4), fake_world()
+    run_grpo(config, world)
+    engine = world.engines[0]
+    evaluations = [i for i, (_, sampling) in enumerate(engine.asked) if sampling.temperature == 0]
+    assert evaluations == [0, 5, 8]
+    assert [engine.answered[i][0].version for i in evaluations] == [0, 4, 6]
+    trained = {p.id for i, (prompts, _) in enumerate(engine.asked) if i not in evaluations for p in prompts}
+    for i in evaluations:
+        prompts, sampling = engine.asked[i]
+        assert sampling.n == 1
+        assert len(prompts) == 2
+        assert not {p.id for p in prompts} & trained
+    means = [float(np.mean([len(text) for text in length.last.calls[i][1]])) for i in evaluations]
+    lines = read_metrics(config.out)
+    assert [line["eval_reward"] for line in lines if "eval_reward" in line] == means[:2]
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 4]
+    assert json.loads((config.out / "result.json").read_text())["eval_reward"] == means[2]
+
+
+def test_evaluation_changes_nothing_in_training(
+    make_config: Callable[..., GrpoConfig], fake_world: Callable[..., Any]
+) -> None:
+    plain = make_config("grpo", out="plain")
+    evaluated = make_config("grpo", out="evaluated", eval_data=plain.data, eval_every=1)
+    for config in (plain, evaluated):
+        run_grpo(config, fake_world())
+    for left, right in zip(read_metrics(plain.out), read_metrics(evaluated.out), strict=True):
+        assert (left["reward"], left["loss"]) == (right["reward"], right["loss"])
+    assert "eval_reward" not in json.loads((plain.out / "result.json").read_text())
+
+
+def test_without_held_out_prompts_the_finished_weights_are_not_sent(
+    make_config: Callable[..., GrpoConfig], fake_world: Callable[..., Any]
+) -> None:
+    world = fake_world()
+    run_grpo(make_config("grpo"), world)
+    assert world.engines[0].weight_sink().version == 5

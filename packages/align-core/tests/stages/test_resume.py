@@ -36,7 +36,8 @@ def result(out: Path) -> dict[str, Any]:
 def test_crash_at_any_operation_changes_nothing(
     stage: str, make_config: Callable[..., StageConfig], fake_world: Callable[..., Any]
 ) -> None:
-    undisturbed = make_config(stage, out="undisturbed")
+    changes = {"eval_data": make_config("grpo").data, "eval_every": 3} if stage == "grpo" else {}
+    undisturbed = make_config(stage, out="undisturbed", **changes)
     world = fake_world()
     STAGES[stage](undisturbed, world)
     expected = metrics(undisturbed.out)
@@ -44,7 +45,7 @@ def test_crash_at_any_operation_changes_nothing(
     assert expected[0]["loss"] != expected[-1]["loss"]
     assert {"step", "save", "export"} <= set(world.operations)
     for crash_at, operation in enumerate(world.operations):
-        config = make_config(stage, out=f"crash{crash_at}")
+        config = make_config(stage, out=f"crash{crash_at}", **changes)
         with pytest.raises(Exception, match=f"^{operation}$"):
             STAGES[stage](config, fake_world(crash_at=crash_at))
         again = fake_world()

@@ -76,7 +76,7 @@ def test_smollm2_takes_the_users_questions_and_one_rank(walk: Walk, tmp_path: Pa
     (tmp_path / "train.jsonl").touch()
     road = road_of(walk, "--model", "smollm2", "--data", str(tmp_path / "train.jsonl"))
     assert (road.recipe, road.tensor, road.limit, road.context) == ("smollm2", 1, 50, 1024)
-    assert road.make_data[-2:] == ("--source", str(tmp_path / "train.jsonl"))
+    assert road.make_data[-4:] == ("--held_out", "50", "--source", str(tmp_path / "train.jsonl"))
     assert road.reward_data == "preferences"
 
 

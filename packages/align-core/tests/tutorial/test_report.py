@@ -89,7 +89,7 @@ def test_summary_of_the_curves_by_hand(road: Road) -> None:
         *(("grpo", "eval_reward"), ("grpo_reward_model", "eval_reward"), ("dpo", "margin"), ("dpo", "accuracy")),
     ]
     for curve in curves:
-        assert (curve["steps"], curve["first_tenth"], curve["last_tenth"]) == (20, 0.5 / 16, 18.5 / 16)
+        assert (curve["values"], curve["first_tenth"], curve["last_tenth"]) == (20, 0.5 / 16, 18.5 / 16)
         assert curve["improved"] == (curve["metric"] != "loss")
 
 

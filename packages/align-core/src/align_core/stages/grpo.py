@@ -66,7 +66,8 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
         clock.lap("train")
         described = {**_describe(rollout, sampling.n), **evaluation, **metrics, **canary}
         run.log(step, {**described, **rollout.seconds, **clock.laps})
-    synchronise(policy.weights(), engine.weight_sink(), version=config.steps)
+    if held_out:
+        synchronise(policy.weights(), engine.weight_sink(), version=config.steps)
     run.finish(policy, {"records": len(records), "reward": config.reward, **evaluate(config.steps)})
 
 

@@ -3,7 +3,6 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +14,7 @@ from align_core.tutorial.walk import run_steps
 
 _QUICK_STEPS = 8  # enough to pass through every stage, resume point and conversion; too few to learn
 _QUICK_LIMIT = 40
+_GSM8K_LIMIT = 50  # held-out questions; two cores take seconds for each, and GRPO answers them twice besides
 
 
 def main(words: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="directory of everything (default runs/tutorial-MODEL)")
     add("--seed", type=int, default=0, help="of data, initial weights, order and sampling (default 0)")
     add("--steps", type=int, help="updates of every stage instead of the recipe's")
-    add("--limit", type=int, help="held-out questions to evaluate on (default all, 50 for smollm2)")
+    add("--limit", type=int, help="held-out questions to evaluate on (default all, for smollm2 50)")
     add("--tensor", type=int, help="tensor parallel size of training (default 2 for tiny, 1 for smollm2)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="precision (default float32)")
     add("--quick", action="store_true", help="a few steps of everything: tests the road, teaches little")
@@ -55,28 +55,26 @@ def _road(options: argparse.Namespace) -> Road:
     if task == "additions" and options.data is not None:
         raise ConfigError(f"the task 'additions' makes its own data; leave out --data {options.data}")
     out: Path = options.out or Path("runs") / f"tutorial-{options.model}"
-    road = Road(
+    limit = options.limit or (_QUICK_LIMIT if options.quick else None if tiny else _GSM8K_LIMIT)
+    return Road(
         recipe=options.model,
         out=out,
         seed=options.seed,
         tensor=options.tensor or (2 if tiny else 1),
-        steps=options.steps,
-        limit=options.limit or (None if tiny else 50),
+        steps=options.steps or (_QUICK_STEPS if options.quick else None),
+        limit=limit,
         max_tokens=8 if tiny else 256,
         context=64 if tiny else 1024,
         dtype=options.dtype,
         make_model=_words("align", "make-model", options.model, "--out", out / "hf" / "start", "--seed", options.seed),
-        make_data=_data_command(options, task, out / "data"),
+        make_data=_data_command(options, task, out / "data", limit=limit),
         reward_data="ratings" if task == "additions" else "preferences",
     )
-    if not options.quick:
-        return road
-    return replace(road, steps=options.steps or _QUICK_STEPS, limit=options.limit or _QUICK_LIMIT)
 
 
-def _data_command(options: argparse.Namespace, task: str, out: Path) -> tuple[str, ...]:
+def _data_command(options: argparse.Namespace, task: str, out: Path, *, limit: int | None) -> tuple[str, ...]:
     command = _words("align", "data", "prepare", task, "--out", out, "--seed", options.seed)
-    return command if task == "additions" else (*command, "--source", str(options.data))
+    return command if task == "additions" else (*command, *_words("--held_out", limit, "--source", options.data))
 
 
 def _words(*words: object) -> tuple[str, ...]:

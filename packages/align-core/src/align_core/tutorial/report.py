@@ -81,7 +81,7 @@ def _curve_summary(curve: Curve) -> dict[str, Any]:
         "stage": curve.stage,
         "metric": curve.metric,
         "label": curve.label,
-        "steps": len(curve.values),
+        "values": len(curve.values),
         "first_tenth": curve.first,
         "last_tenth": curve.last,
         "improved": curve.improved,
