@@ -257,7 +257,10 @@ def test_evaluation_is_greedy_on_the_held_out_prompts_by_the_weights_of_its_step
     lines = read_metrics(config.out)
     assert [line["eval_reward"] for line in lines if "eval_reward" in line] == means[:2]
     assert [line["step"] for line in lines if "eval_reward" in line] == [0, 4]
-    assert json.loads((config.out / "result.json").read_text())["eval_reward"] == means[2]
+    result = json.loads((config.out / "result.json").read_text())
+    assert result["eval_reward"] == means[2]
+    assert result["reward_function"] == config.reward  # not `reward`, the name of a metric
+    assert not set(result) & set(read_metrics(config.out)[0]) - {"eval_reward"}
 
 
 def test_evaluation_changes_nothing_in_training(

@@ -127,7 +127,7 @@ def _accuracy(arguments: argparse.Namespace) -> None:
     for name, path in models.items():
         results[name] = _one(name, path, tasks, engine=engine, sampling=sampling, arguments=arguments)
         written[name] = {"model": str(path), **asdict(results[name]), **settings}
-        write_json(arguments.out / "accuracy.json", written)
+    write_json(arguments.out / "accuracy.json", written)  # once, so that its presence says that all is done
     Console().print(_table(results))
 
 

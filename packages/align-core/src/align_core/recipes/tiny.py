@@ -40,13 +40,13 @@ def sft(model: Path, data: Path, out: Path) -> SftConfig:
 
 
 def reward(model: Path, data: Path, out: Path) -> RewardConfig:
-    """From the SFT model, whose features know sums already."""
+    """From the SFT model, whose features know sums already; four rated answers a question."""
     return RewardConfig(
         model=model,
         data=data,
         out=out,
         steps=300,
-        batch_size=64,
+        batch_size=24,
         max_length=_CONTEXT,
         parallel=_TWO_RANKS,
         optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=10, weight_decay=0.1),
@@ -78,12 +78,12 @@ def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
         model=model,
         data=data,
         out=out,
-        steps=80,
-        batch_size=64,
+        steps=200,
+        batch_size=32,
         max_length=_CONTEXT,
         parallel=_TWO_RANKS,
         optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=10),
-        loss=DpoLoss(beta=0.1),
+        loss=DpoLoss(beta=0.2),
     )
 
 

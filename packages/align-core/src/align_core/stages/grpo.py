@@ -68,7 +68,7 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
         run.log(step, {**described, **rollout.seconds, **clock.laps})
     if held_out:
         synchronise(policy.weights(), engine.weight_sink(), version=config.steps)
-    run.finish(policy, {"records": len(records), "reward": config.reward, **evaluate(config.steps)})
+    run.finish(policy, {"records": len(records), "reward_function": config.reward, **evaluate(config.steps)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
