@@ -154,10 +154,10 @@ def test_checksum_notices_missing_zeros() -> None:
     assert checksum(np.zeros(8, np.uint8), item_bytes=4) != checksum(np.zeros(4, np.uint8), item_bytes=4)
 
 
-def test_checksum_does_not_depend_on_the_block_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksum_does_not_depend_on_the_length_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.random.default_rng(0).integers(0, 256, 400).astype(np.uint8)
     expected = checksum(data, item_bytes=4)
-    monkeypatch.setattr("align_core.types._CHECKSUM_BLOCK", 7)
+    monkeypatch.setattr("align_core.types._CHECKSUM_ROW", 7)
     assert checksum(data, item_bytes=4) == expected
 
 
