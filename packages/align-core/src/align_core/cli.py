@@ -75,6 +75,8 @@ def _stage(name: str) -> Callable[[list[str]], int]:
         }
         config_type, stage = stages[name]
         config = settings.parse(config_type, words, stage=name)
+        if isinstance(config, GrpoConfig):
+            registry.check("align.engines", config.engine.name)  # before any process starts
         world = _world(config)
         try:
             stage(config, world)

@@ -37,14 +37,19 @@ def names(group: Group) -> list[str]:
     return sorted({point.name for point in entry_points(group=group)})
 
 
-def load(group: Group, name: str) -> object:
-    """The object registered as `name`; raises ConfigError with the nearest name, or the pip line that brings it."""
-    for point in entry_points(group=group):
-        if point.name == name:
-            return point.load()
+def check(group: Group, name: str) -> None:
+    """Raises ConfigError, with the nearest name or the pip line that brings it, unless `name` is installed."""
+    if name in names(group):
+        return
     if package := package_of(group, name):
         raise ConfigError(
             f"{_KINDS[group]} {name!r} is part of {package}, which is not installed; run: pip install {package}"
         )
     remedy = f"a package adds one through the entry-point group {group!r}"
     raise ConfigError(unknown_name(_KINDS[group], name, names(group), remedy=remedy))
+
+
+def load(group: Group, name: str) -> object:
+    """The object registered as `name`; raises what `check` raises."""
+    check(group, name)
+    return next(point for point in entry_points(group=group) if point.name == name).load()
