@@ -32,6 +32,14 @@ _NAMES = {
 }
 
 
+_TASKS = {
+    "tiny": "Additions of two numbers. The demonstrations that SFT imitates come from a careless student who forgets "
+    "to carry two times out of three (37 + 17 = 44), so its most likely answer to such a question is wrong on purpose; "
+    "rewards and preferences know the right sums.",
+    "smollm2": "GSM8K's word problems. Preferences set a worked solution against the same one with a wrong result.",
+}
+
+
 def write_report(road: Road, outcomes: Sequence[Outcome], command: str) -> Path:
     """Writes OUT/summary.json and OUT/report.html; returns the report's path."""
     curves = read_curves(road.out)
@@ -126,4 +134,6 @@ def _render(summary: dict[str, Any], curves_svg: str, samples: list[dict[str, An
         raise missing_dependency("jinja2", "align-core[tutorial]", needed_for="the report") from error
     environment = Environment(loader=PackageLoader("align_core.tutorial"), autoescape=True)
     template = environment.get_template("report.html.jinja")
-    return template.render(summary=summary, names=_NAMES, curves_svg=curves_svg, samples=samples)
+    return template.render(
+        summary=summary, names=_NAMES, task=_TASKS[summary["model"]], curves_svg=curves_svg, samples=samples
+    )
