@@ -27,7 +27,7 @@ class Batch:
         per token    `mask` bool, True where the token is a target of the loss; `logprobs`, `old_logprobs`,
                      `reference_logprobs` float32, log p(token | the tokens before it in its sequence), nats, 0 for
                      the first token of a sequence; `advantages` float32.
-        per sequence `group` int64, the prompt id: adjacent sequences of one group stay in one micro-batch;
+        per sequence `group` int64, the prompt id; losses over pairs keep a group in one micro-batch;
                      `label` float32, the score a reward model learns to rank by; `reward` float32, what a policy's
                      completion earned (advantages are computed from `reward` and `group` over the whole batch).
     """
