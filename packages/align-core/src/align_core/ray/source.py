@@ -1,0 +1,37 @@
+"""The weights of a model over several processes of one host, through one file in shared memory."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from align_core.ray.workers import WorkerGroup
+from align_core.types import ParamMeta, WeightTensor
+
+
+class SharedMemorySource:
+    """Weights laid out in one file in Hugging Face order; ranks write, the engine maps. Same host only."""
+
+    def __init__(self, workers: WorkerGroup) -> None:
+        self._workers = workers
+        self._layout: Sequence[ParamMeta] = workers.call("weights_layout")[0]
+
+    def metadata(self) -> Sequence[ParamMeta]:
+        """See `align_core.contracts.WeightSource`."""
+        return self._layout
+
+    def iterate(self) -> Iterator[WeightTensor]:
+        """See `align_core.contracts.WeightSource`; the file goes away with this source."""
+        offsets = np.concatenate([[0], np.cumsum([meta.nbytes for meta in self._layout])])
+        self._file = tempfile.NamedTemporaryFile(prefix="align-weights-", dir=_shared_memory())  # noqa: SIM115
+        self._file.truncate(int(offsets[-1]))
+        path = Path(self._file.name)
+        partial_sums = self._workers.call("write_weights", path)
+        for meta, offset in zip(self._layout, offsets):
+            total = sum(sums.get(meta.name, 0) for sums in partial_sums) % 2**64
+            yield WeightTensor(meta=meta, checksum=total, file=path, offset=int(offset))
+
+
+def _shared_memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
