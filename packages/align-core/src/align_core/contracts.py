@@ -114,6 +114,22 @@ class SupportsClose(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsOffload(Protocol):
+    """A trainer that can leave its GPU to an engine for a while. On CPU both calls do nothing."""
+
+    def offload(self, weights: bool = True) -> None:
+        """Moves gradients and optimizer state to the host, and the weights too unless `weights` is False.
+
+        Every other method brings back by itself what it needs.
+        """
+        ...
+
+    def reload(self) -> None:
+        """Brings everything back to the GPU; does nothing when it is there."""
+        ...
+
+
 class RewardFunction(Protocol):
     """Scores completions; one call over lists, so that an implementation may batch or parallelise."""
 

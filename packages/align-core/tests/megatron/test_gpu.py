@@ -88,3 +88,25 @@ def _load_rank(context: RankContext, directory: Path, dtype: Dtype, path: Path) 
     trainer = _trainer(context, directory, dtype)
     trainer.load(path)
     return trainer.step(ragged_batch(seed=STEPS), SftLoss())["loss"]
+
+
+def test_offloading_frees_the_device_and_changes_nothing(llama: Callable[..., Path]) -> None:
+    plain, offloaded, left = run_ranks(_offload_rank, ParallelConfig(), llama(), device="cuda")[0]
+    assert offloaded == plain
+    assert left == 0
+
+
+def _offload_rank(context: RankContext, directory: Path) -> tuple[list[float], list[float], int]:
+    losses: list[list[float]] = []
+    left = 0
+    for offload in (False, True):
+        trainer = _trainer(context, directory, "bfloat16")
+        found = []
+        for step in range(STEPS):
+            found.append(trainer.step(ragged_batch(seed=step), SftLoss())["loss"])
+            if offload:
+                trainer.offload()
+                left = sum(parameter.untyped_storage().nbytes() for parameter in trainer._module.parameters())
+        losses.append(found)
+        trainer.close()
+    return losses[0], losses[1], left

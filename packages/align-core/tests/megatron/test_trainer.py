@@ -19,6 +19,7 @@ from align_core.config import (
     TrainerConfig,
     TrainingConfig,
 )
+from align_core.contracts import SupportsOffload
 from align_core.errors import AlignError, CheckpointError, ConfigError, DataError, LayoutError
 from align_core.megatron import MegatronTrainer
 from align_core.types import Batch
@@ -164,3 +165,15 @@ def test_closing_twice_does_nothing(llama: Callable[..., Path]) -> None:
     policy.close()
     assert reference.logprobs(ragged_batch()).any()
     reference.close()
+
+
+def test_offloading_changes_nothing(trainer: MegatronTrainer) -> None:
+    """On CPU there is nowhere to go; test_gpu.py shows that a GPU is freed."""
+    assert isinstance(trainer, SupportsOffload)
+    first = trainer.logprobs(ragged_batch())
+    trainer.offload()
+    trainer.offload(False)
+    np.testing.assert_array_equal(trainer.logprobs(ragged_batch()), first)
+    trainer.step(ragged_batch(), SftLoss())
+    trainer.reload()
+    assert trainer.step(ragged_batch(), SftLoss())["grad_norm"] > 0

@@ -5,7 +5,7 @@ data-parallel rank holds the whole optimizer state. Knows nothing about batches 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from align_core.config import Dtype, OptimizerConfig
 from align_core.errors import AlignError, ConfigError
@@ -109,6 +110,25 @@ class Optimization:
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
         return Update(grad_norm=norm, lr=rate)
+
+    def state_tensors(self) -> Iterator[Tensor]:
+        """Main weights that are not the model's own, and AdamW's averages: what only an update needs."""
+        own = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
+        for group in self.optimizer.param_groups:
+            for main in group["params"]:
+                if main.untyped_storage()._cdata not in own:
+                    yield main
+                yield from (value for value in self._states_of(main).values() if isinstance(value, Tensor))
+
+    def gradient_tensors(self) -> Iterator[Tensor]:
+        """The flat gradient buffers, whose contents are worthless between steps."""
+        for buffer in self.model.buffers:
+            yield buffer.grad_data
+
+    def _states_of(self, main: Tensor) -> dict[str, Any]:
+        (optimizer,) = self.optimizer.chained_optimizers
+        states: dict[str, Any] = optimizer.optimizer.state.get(main, {})
+        return states
 
     def restore(self, state: dict[str, Any] | None, schedule: dict[str, Any]) -> None:
         """Continue from a checkpoint, after the model has its weights.

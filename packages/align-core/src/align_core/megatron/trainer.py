@@ -25,6 +25,7 @@ from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, sha
 from align_core.megatron.losses import prepare_loss
 from align_core.megatron.microbatch import MicroBatch, pack
 from align_core.megatron.model import DTYPES, build_model, layout_of, load_weights, plan_of
+from align_core.megatron.offload import Shelf
 from align_core.megatron.optimizer import Optimization, check_schedule
 from align_core.megatron.packing import Unit, cut
 from align_core.megatron.parallel import RankContext, close_rank, init_rank
@@ -55,6 +56,7 @@ class MegatronTrainer:
         self._owns_context = context is None
         self.context = context or init_rank(parallel=config.parallel, device=config.training.device, seed=config.seed)
         self._open = True
+        self._weights_shelf, self._state_shelf, self._gradient_shelf = Shelf(), Shelf(), Shelf(keep=False)
         dtype = config.training.dtype
         try:
             self._module = build_model(self.model_config, self.context, dtype)
@@ -77,6 +79,7 @@ class MegatronTrainer:
             DataError: a sequence or token that the model does not know.
         """
         self._need_head("lm", "log-probs")
+        self._weights_shelf.bring_back()
         micros = self._micros(batch, unit="sequence")
         result = np.zeros(len(batch.tokens), np.float32)
         with _explained("log-probs"):
@@ -90,6 +93,7 @@ class MegatronTrainer:
     def scores(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [B], the scalar at the last token of each sequence; raises as `logprobs`, for the other head."""
         self._need_head("score", "scores")
+        self._weights_shelf.bring_back()
         micros = self._micros(batch, unit="sequence")
         result = np.zeros(len(batch), np.float32)
         for micro, values in zip(micros, forward(self._module, micros, read_scores)):
@@ -108,6 +112,7 @@ class MegatronTrainer:
         """
         started = time.perf_counter()
         optimization = self._trained()
+        self.reload()
         prepared = prepare_loss(loss, batch, head=self.model_config.head)
         micros = self._micros(prepared.batch, unit=prepared.unit)
         read = read_scores if self.model_config.head == "score" else read_logprobs(self.model_config.vocab_size)
@@ -160,6 +165,7 @@ class MegatronTrainer:
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
         """Write all that is needed to continue, atomically; every rank calls it."""
+        self.reload()
         save_checkpoint(
             Path(path),
             model=self._module,
@@ -171,6 +177,7 @@ class MegatronTrainer:
 
     def load(self, path: Path) -> Mapping[str, str]:
         """Continue from `save`, on any parallel layout; returns the `state` saved with it; every rank calls it."""
+        self.reload()
         return load_checkpoint(
             Path(path),
             model=self._module,
@@ -181,6 +188,7 @@ class MegatronTrainer:
 
     def export(self, path: Path) -> None:
         """Write a Megatron checkpoint directory, config and tokenizer beside it, atomically; every rank calls it."""
+        self._weights_shelf.bring_back()
         layout = layout_of(self.config.parallel)
         dtype = DTYPES[self.config.training.dtype]
         with shared_directory(Path(path), self.context) as partial:
@@ -198,6 +206,21 @@ class MegatronTrainer:
                 finish_megatron(
                     partial, config=self.model_config, layout=layout, dtype=dtype, carry_from=self.config.model
                 )
+
+    def offload(self, weights: bool = True) -> None:
+        """Free the GPU of gradients and optimizer state, and of the weights too unless `weights` is False."""
+        if self._optimization is not None:
+            self._gradient_shelf.put_away(self._optimization.gradient_tensors())
+            self._state_shelf.put_away(self._optimization.state_tensors())
+        if weights:
+            self._weights_shelf.put_away(self._module.parameters())
+        if self.context.device.type == "cuda":
+            torch.cuda.empty_cache()  # what stays in torch's cache is lost to other processes
+
+    def reload(self) -> None:
+        """Bring everything back; what is there already stays."""
+        for shelf in (self._weights_shelf, self._state_shelf, self._gradient_shelf):
+            shelf.bring_back()
 
     def close(self) -> None:
         """Give up the model and, if it was made here, the process group; calling it again does nothing."""
@@ -267,6 +290,7 @@ class MegatronTrainer:
         return totals
 
     def _write(self, metas: list[ParamMeta], buffer: NDArray[np.uint8]) -> dict[str, int]:
+        self._weights_shelf.bring_back()
         if self.context.data:
             return {}
         tensors = dict(self._module.named_parameters())

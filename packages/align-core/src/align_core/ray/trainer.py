@@ -58,6 +58,14 @@ class RayTrainer:
         """See `align_core.contracts.SupportsExport`."""
         self._workers.call("export", path)
 
+    def offload(self, weights: bool = True) -> None:
+        """See `align_core.contracts.SupportsOffload`."""
+        self._workers.call("offload", weights)
+
+    def reload(self) -> None:
+        """See `align_core.contracts.SupportsOffload`."""
+        self._workers.call("reload")
+
     def close(self) -> None:
         """Ends the processes."""
         self._workers.close()
