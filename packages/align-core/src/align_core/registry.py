@@ -21,6 +21,7 @@ _KINDS: dict[str, str] = {
 _SHIPPED_BY: dict[tuple[str, str], str] = {
     ("align.engines", "vllm"): "align-rollout",
     ("align.rewards", "math"): "align-eval",
+    ("align.rewards", "math-verify"): "align-eval",
     ("align.commands", "convert"): "align-convert",
     ("align.commands", "eval"): "align-eval",
     ("align.commands", "rollout"): "align-rollout",

@@ -7,6 +7,7 @@ import pytest
 from align_core.conformance.reward import check_reward
 from align_core.errors import DataError
 from align_eval.accuracy.math import MathReward, extract, grade, parse_gold, parse_number
+from align_eval.accuracy.verdict import Verdict
 
 HASH = [
     ("She has 48+24 = 72.\n#### 72", "72"),
@@ -119,15 +120,27 @@ def test_text_without_a_number_has_no_answer(text: str) -> None:
 def test_72_is_neither_7200_nor_hundredths() -> None:
     assert len({parse_number(text) for text in ("72", "7200", "7,200", "0.72", ".72", "$72", "72%", "72.0")}) == 3
     for completion in ("#### 7200", "#### 72,00", "#### 0.72", "#### 7.2", "#### -72", "#### 172", "#### 72^2"):
-        assert not grade(completion, Fraction(72))[0]
-        assert not grade(completion, Fraction(72), strict=True)[0]
+        assert grade(completion, Fraction(72))[:2] == (False, False)
 
 
 def test_equality_is_exact() -> None:
-    assert grade("#### 0.3333", Fraction(1, 3))[0] is False
-    assert grade("#### 0.1", Fraction(1, 10))[0] is True
-    assert grade("#### " + "9" * 40, Fraction(10**40 - 1))[0] is True
-    assert grade("#### " + "9" * 40, Fraction(10**40))[0] is False
+    assert grade("#### 0.3333", Fraction(1, 3)).flexible is False
+    assert grade("#### 0.1", Fraction(1, 10)).flexible is True
+    assert grade("#### " + "9" * 40, Fraction(10**40 - 1)).flexible is True
+    assert grade("#### " + "9" * 40, Fraction(10**40)).flexible is False
+
+
+def test_grade_traces_what_was_read_and_where() -> None:
+    """Strict grading wants the mark; both verdicts come from one reading, which is kept."""
+    assert grade("6 * 12 = 72\n#### 72", Fraction(72)) == Verdict(True, True, "72", "hash")
+    assert grade("#### 71", Fraction(72)) == Verdict(False, False, "71", "hash")
+    assert grade("The answer is 72.", Fraction(72)) == Verdict(False, True, "72", "answer is")
+    assert grade("no idea", Fraction(72)) == Verdict(False, False, "", "none")
+
+
+@pytest.mark.parametrize(("text", "value", "method"), [*((t, v, "hash") for t, v in HASH), *FLEXIBLE])
+def test_strict_verdict_equals_grading_by_the_mark_alone(text: str, value: str, method: str) -> None:
+    assert grade(text, Fraction(value)).strict == (extract(text, strict=True).number == Fraction(value))
 
 
 def test_absurdly_long_digits_are_no_number() -> None:

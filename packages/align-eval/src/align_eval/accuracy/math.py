@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from align_core.contracts import RewardFunction
 from align_core.errors import DataError, choices
 from align_core.types import Score
+from align_eval.accuracy.verdict import Verdict
 
 Method = Literal["hash", "boxed", "answer is", "last number", "none"]
 
@@ -88,10 +89,14 @@ def parse_gold(answer: object) -> Fraction | None:
     return extract(text, strict=True).number if "####" in text else parse_number(text)
 
 
-def grade(completion: str, gold: Fraction, *, strict: bool = False) -> tuple[bool, Extraction]:
-    """Whether `completion` gives the answer `gold`, and what was read out of it. Equality is exact: 0.33 is not 1/3."""
-    found = extract(completion, strict=strict)
-    return found.number == gold, found
+def grade(completion: str, gold: Fraction) -> Verdict:
+    """Whether `completion` gives the answer `gold`, and what was read out of it. Equality is exact: 0.33 is not 1/3.
+
+    Both gradings look at `#### N` first, so one reading serves both: strict grading counts it only if found there.
+    """
+    found = extract(completion)
+    right = found.number == gold
+    return Verdict(strict=right and found.method == "hash", flexible=right, extracted=found.text, method=found.method)
 
 
 class MathReward:
@@ -120,8 +125,8 @@ def _score(completion: str, answer: object) -> Score:
     gold = parse_gold(answer)
     if gold is None:
         return Score(value=None, error=f"the gold answer {str(answer)[:80]!r} names no number")
-    correct, found = grade(completion, gold)
-    return Score(value=float(correct), extracted=found.text)
+    verdict = grade(completion, gold)
+    return Score(value=float(verdict.flexible), extracted=verdict.extracted)
 
 
 def _undress(text: str) -> str:

@@ -15,7 +15,7 @@ from align_core.contracts import RolloutEngine
 from align_core.errors import ConfigError, WorkerError
 from align_core.text import Tokenizer, load_tokenizer, render_prompt
 from align_core.types import Completion, FinishReason, Prompt
-from align_eval.accuracy.math import Method, grade
+from align_eval.accuracy.math import grade
 from align_eval.accuracy.tasks import Task
 from align_eval.statistics import wilson
 
@@ -45,7 +45,7 @@ class Item:
     """What the model wrote."""
     extracted: str
     """What the grader took for its answer."""
-    method: Method
+    method: str
     """Where the grader found it."""
     correct: bool
     """Right by flexible grading."""
@@ -196,17 +196,16 @@ def _item(task: Task, prompt: Prompt, completion: Completion, tokenizer: Tokeniz
     if completion.finish_reason == "abort":
         raise WorkerError(f"the engine gave up the answer to line {task.line} of the data; run again")
     text = tokenizer.decode(completion.tokens)
-    correct, found = grade(text, task.gold)
-    strict_correct, _ = grade(text, task.gold, strict=True)
+    verdict = grade(text, task.gold)
     return Item(
         line=task.line,
         prompt=tokenizer.decode(prompt.tokens),
         answer=task.answer,
         completion=text,
-        extracted=found.text,
-        method=found.method,
-        correct=correct,
-        strict_correct=strict_correct,
+        extracted=verdict.extracted,
+        method=verdict.method,
+        correct=verdict.flexible,
+        strict_correct=verdict.strict,
         tokens=len(completion.tokens),
         finish_reason=completion.finish_reason,
     )
