@@ -195,3 +195,16 @@ def test_known_keys_are_branches_and_leaves() -> None:
     keys = set(known_keys(GrpoConfig))
     assert {"optimizer", "optimizer.lr", "reward_model_parallel.tensor", "sampling.n"} <= keys
     assert all(key.rpartition(".")[0] in keys for key in keys if "." in key)
+
+
+def test_texts_and_tokens_that_end_a_completion_are_lists(tmp_path: Path) -> None:
+    config = grpo("--sampling.stop", '["\\n\\n", "####"]', "--sampling.stop_tokens", "[5, 7]")
+    assert config.sampling.stop == ("\n\n", "####")
+    assert config.sampling.stop_tokens == (5, 7)
+    path = write(tmp_path / "settings.yaml", yaml.safe_dump({"sampling": plain(config.sampling)}))
+    assert grpo("--config", path).sampling == config.sampling
+
+
+def test_an_empty_text_ends_nothing() -> None:
+    with pytest.raises(ConfigError, match="empty text"):
+        grpo("--sampling.stop", '[""]')

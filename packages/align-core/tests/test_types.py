@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align_core.errors import DataError
-from align_core.types import ITEM_BYTES, Batch, ParamMeta, Score, WeightTensor, checksum, chunked
+from align_core.types import ITEM_BYTES, Batch, Completion, ParamMeta, Score, WeightTensor, checksum, chunked
 
 START, STEP = 0xD1B54A32D192ED03, 0x9E3779B97F4A7C14
 
@@ -192,3 +192,21 @@ def test_weight_is_read_from_its_place_in_a_file(tmp_path: Path) -> None:
 def test_weight_without_bytes_is_named() -> None:
     with pytest.raises(DataError, match="'w' carries neither data nor a file"):
         WeightTensor(meta=ParamMeta(name="w", shape=(2,), dtype="float32"), checksum=0).bytes()
+
+
+def test_every_token_of_a_completion_has_a_version() -> None:
+    whole = completion(versions=None)
+    assert whole.token_versions.tolist() == [3, 3]
+    assert completion(versions=np.asarray([3, 4], np.int32)).token_versions.tolist() == [3, 4]
+
+
+def completion(*, versions: "np.ndarray | None") -> Completion:
+    return Completion(
+        prompt_id=0,
+        sample=0,
+        tokens=np.asarray([5, 6], np.int32),
+        logprobs=np.zeros(2, np.float32),
+        finish_reason="length",
+        version=3,
+        versions=versions,
+    )

@@ -13,6 +13,8 @@ from align_core.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cuda", "cpu"]
+Verify = Literal["sampled", "full", "off"]
+InFlight = Literal["drain", "abort", "continue"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -115,9 +117,15 @@ class SamplingConfig:
     """Nucleus size. The tutorial's 0.9 makes sampled and trained distributions differ, which biases training; so 1."""
     seed: int = 0
     """Completion j of prompt i is reproducible from (seed, i, j)."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; the tokens up to and with the one that completes a text are kept."""
+    stop_tokens: tuple[int, ...] = ()
+    """Token ids that end a completion, besides the model's end-of-sequence tokens; kept like those."""
 
     def __post_init__(self) -> None:
         _positive(self, "n", "max_tokens")
+        if "" in self.stop:
+            raise ConfigError("stop holds an empty text, which would end every completion; leave it out")
         _between(self, "top_p", 1e-9, 1.0)
         if self.temperature < 0:
             raise ConfigError(f"temperature must not be negative, got {self.temperature}")
@@ -149,9 +157,18 @@ class EngineConfig:
     """Engine-wide seed; requests carry their own on top."""
     device: Device = "auto"
     """`auto` takes CUDA where there is a device."""
+    replicas: int = 1
+    """Engines with the same weights, each on devices of its own; a request goes to the least loaded."""
+    sleep: bool = True
+    """Let the engine give its GPU memory back while another process on the same GPU trains; nothing to give on CPU."""
+    verify: Verify = "sampled"
+    """Checksums of weights sent from GPU to GPU: of one row in 16, another one each sync, of all, or none. What goes
+    through the host's memory is always checked in full."""
+    in_flight: InFlight = "drain"
+    """What new weights do to requests under way: wait for them, cut them short, or continue them with the new ones."""
 
     def __post_init__(self) -> None:
-        _positive(self, "tensor", "context", "kv_cache_mib", "max_sequences")
+        _positive(self, "tensor", "context", "kv_cache_mib", "max_sequences", "replicas")
         _between(self, "memory_fraction", 0.01, 0.99)
 
 

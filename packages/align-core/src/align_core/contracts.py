@@ -63,6 +63,61 @@ class RolloutEngine(Protocol):
 
 
 @runtime_checkable
+class SupportsAsyncGenerate(Protocol):
+    """An engine that samples in the background: requests go in, completions come out as each one ends.
+
+    New weights may be committed between any two calls; `EngineConfig.in_flight` says what becomes of what is under way.
+    """
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        """Queues `sampling.n` completions a prompt and returns at once; an id must not be under way already.
+
+        Raises DataError as `RolloutEngine.generate` does; then nothing is queued.
+        """
+        ...
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        """The completions that ended since the last poll, in the order in which they ended, each exactly once.
+
+        Waits until there is one, for `timeout_s` seconds at most (none: without limit, 0: not at all); returns an
+        empty list when that time is over, and at once when nothing is under way, or all of it is paused.
+        """
+        ...
+
+    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
+        """Ends all completions of these prompts, or of all; `poll` returns them with finish reason `abort` and the
+        tokens they had. An id that is not under way is passed over: it may just have ended.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Stops sampling and returns when no token is being computed; requests under way keep what they have."""
+        ...
+
+    def resume(self) -> None:
+        """Goes on from where `pause` stopped, with the weights of now; each token carries the version it came from."""
+        ...
+
+
+@runtime_checkable
+class SupportsSleep(Protocol):
+    """An engine that gives its device memory back while something else needs it."""
+
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """Frees weights and KV cache; requests under way are ended first, as by `abort`. Asleep it refuses to sample.
+
+        Args:
+            keep_weights: keep a copy on the host, which takes time and host memory; without it the engine needs a
+                weight update after (or before) `wake`, and refuses to sample until then.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Takes the memory again; the weights are those of before, if they were kept. Awake it does nothing."""
+        ...
+
+
+@runtime_checkable
 class Trainer(Protocol):
     """A model that is scored and updated; holds the optimizer, knows nothing of stages."""
 

@@ -141,6 +141,8 @@ class Prompt:
     id: int
     tokens: NDArray[np.int32]
     """int32 [L], L >= 1."""
+    max_tokens: int | None = None
+    """Most new tokens of this prompt's completions; none leaves it to `SamplingConfig.max_tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,8 +157,16 @@ class Completion:
     logprobs: NDArray[np.float32]
     """float32 [L], log-prob of each sampled token at temperature 1, nats, as the engine computed it."""
     finish_reason: FinishReason
+    """`stop`: an end-of-sequence token, a stop token or a stop string; `length`; `abort`: cut short on request."""
     version: int
-    """Version of the weights that sampled it."""
+    """Version of the weights that sampled its first token, and unless `versions` says otherwise all of them."""
+    versions: NDArray[np.int32] | None = None
+    """int32 [L], version that sampled each token, ascending; only where the weights changed on the way."""
+
+    @property
+    def token_versions(self) -> NDArray[np.int32]:
+        """int32 [L], version of the weights that sampled each token."""
+        return np.full(len(self.tokens), self.version, np.int32) if self.versions is None else self.versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 _FREE = {
     *("out", "save_every", "parallel", "reward_model_parallel", "cluster", "training", "canary_threshold"),
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
-    *("engine.memory_fraction", "engine.kv_cache_mib", "engine.max_sequences"),
+    *("engine.memory_fraction", "engine.kv_cache_mib", "engine.max_sequences", "engine.replicas", "engine.sleep"),
+    "engine.verify",
 }
 
 
@@ -130,6 +131,8 @@ def plain(config: object) -> Any:
     """A config as dicts, lists and plain values, for YAML."""
     if dataclasses.is_dataclass(config):
         return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, tuple):
+        return [plain(item) for item in config]
     return str(config) if isinstance(config, Path) else config
 
 
