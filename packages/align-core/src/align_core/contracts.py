@@ -10,8 +10,19 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.config import LossConfig, SamplingConfig
-from align_core.types import Batch, Completion, ParamMeta, Prompt, Score, WeightChunk, WeightTensor
+from align_core.config import EvaluationConfig, LossConfig, SamplingConfig
+from align_core.text import Tokenizer
+from align_core.types import (
+    Batch,
+    ChatReply,
+    ChatRequest,
+    Completion,
+    ParamMeta,
+    Prompt,
+    Score,
+    WeightChunk,
+    WeightTensor,
+)
 
 
 class WeightSource(Protocol):
@@ -192,6 +203,34 @@ class RewardFunction(Protocol):
         self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[object]]
     ) -> Sequence[Score]:
         """One score a completion; `columns` are the dataset's other columns, repeated for each completion."""
+        ...
+
+
+class Judge(Protocol):
+    """Answers conversations that ask for a verdict: a model behind a service, or in this process.
+
+    What the entry-point group `align.judges` offers is called with one `JudgeConfig` and gives a judge.
+    """
+
+    async def reply(self, request: ChatRequest) -> ChatReply:
+        """The next turn. Callers start as many as they have; the judge itself keeps to its limits.
+
+        Retries what is worth it. Raises an AlignError when there is no reply; never gives an error as a reply.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Frees connections; calling it again does nothing."""
+        ...
+
+
+class Evaluation(Protocol):
+    """Measures the model inside a live engine; stages find them in the entry-point group `align.evaluations`."""
+
+    def __call__(
+        self, engine: RolloutEngine, tokenizer: Tokenizer, config: EvaluationConfig, *, step: int
+    ) -> Mapping[str, float]:
+        """Metrics by name. Leaves the engine as it was; details go to files below `config.out`, named by `step`."""
         ...
 
 

@@ -9,12 +9,15 @@ from typing import Literal
 
 from align_core.errors import ConfigError, unknown_name
 
-Group = Literal["align.engines", "align.rewards", "align.judges", "align.recipes", "align.commands"]
+Group = Literal[
+    "align.engines", "align.rewards", "align.judges", "align.evaluations", "align.recipes", "align.commands"
+]
 
 _KINDS: dict[str, str] = {
     "align.engines": "rollout engine",
     "align.rewards": "reward",
     "align.judges": "judge",
+    "align.evaluations": "evaluation",
     "align.recipes": "recipe",
     "align.commands": "command",
 }
@@ -22,6 +25,9 @@ _SHIPPED_BY: dict[tuple[str, str], str] = {
     ("align.engines", "vllm"): "align-rollout",
     ("align.rewards", "math"): "align-eval",
     ("align.rewards", "math-verify"): "align-eval",
+    ("align.judges", "openai"): "align-eval",
+    ("align.evaluations", "accuracy"): "align-eval",
+    ("align.evaluations", "mt-bench-answers"): "align-eval",
     ("align.commands", "convert"): "align-convert",
     ("align.commands", "eval"): "align-eval",
     ("align.commands", "rollout"): "align-rollout",

@@ -187,6 +187,37 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ChatRequest:
+    """A conversation that waits for its next turn, and how that turn is to be sampled."""
+
+    messages: tuple[Mapping[str, str], ...]
+    """`{"role", "content"}`, the last of them the user's."""
+    max_tokens: int
+    """Most new tokens."""
+    temperature: float | None
+    """0 is greedy; None leaves it to the server (some models accept no other)."""
+    seed: int = 0
+    """For servers that honour it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatReply:
+    """The turn that came back."""
+
+    text: str
+    finish_reason: FinishReason
+    """`length` when it was cut off at `max_tokens`."""
+    model: str
+    """The model as the server names it, with its date or revision where it has one."""
+    prompt_tokens: int | None = None
+    """As the server counted; None when it does not say."""
+    completion_tokens: int | None = None
+    """As the server counted, thoughts that are not shown included; None when it does not say."""
+    lost_attempts: int = 0
+    """Attempts before this one that ended without a usable reply but may have been charged (a timeout, say)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParamMeta:
     """Name (Hugging Face's), shape and dtype of one weight."""
 
