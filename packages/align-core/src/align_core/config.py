@@ -280,7 +280,47 @@ class GrpoLoss:
             raise ConfigError(f"kl_coef must not be negative, got {self.kl_coef}")
 
 
-LossConfig = SftLoss | RewardLoss | DpoLoss | GrpoLoss
+@dataclass(frozen=True, kw_only=True)
+class OnlineDpoLoss:
+    """Preferences between completions of one prompt, ordered by their rewards (Guo et al. 2024)."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference; the tutorial's."""
+    pairs: Literal["all", "best-vs-rest"] = "all"
+    """Which ordered pairs of a group count; the tutorial's are all with different rewards."""
+    length_normalise: bool = True
+    """Mean instead of sum over a completion's log-ratios, as in the tutorial; no pull towards length."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "beta")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PpoLoss:
+    """Clipped policy gradient with per-token advantages (Schulman et al. 2017)."""
+
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low stop pulling; the paper's and the tutorial's value."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high stop pulling."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "clip_low", "clip_high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueLoss:
+    """Squared error of the value model, the larger of clipped and plain."""
+
+    clip: float | None = 0.2
+    """Largest move of a value that counts; the tutorial's is 0.1 without the max; null leaves clipping out."""
+
+    def __post_init__(self) -> None:
+        if self.clip is not None:
+            _positive(self, "clip")
+
+
+LossConfig = SftLoss | RewardLoss | DpoLoss | GrpoLoss | OnlineDpoLoss | PpoLoss | ValueLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +397,7 @@ class TrainerConfig:
         head: Literal["lm", "score"] = "lm",
         trainable: bool = True,
         parallel: ParallelConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
         updates_per_step: int = 1,
     ) -> "TrainerConfig":
         """The stage's own model, or another one that is trained or frozen beside it."""
@@ -367,7 +408,7 @@ class TrainerConfig:
             steps=config.steps * updates_per_step,
             seed=config.seed,
             parallel=parallel or config.parallel,
-            optimizer=config.optimizer,
+            optimizer=optimizer or config.optimizer,
             training=config.training,
         )
 
@@ -399,41 +440,86 @@ class DpoConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoConfig(StageConfig):
-    """`align grpo`: group-relative policy optimisation with a verifiable reward or a reward model."""
+class ScoringConfig:
+    """How completions are scored: processes, limits, what a failure does, and the settings of the built-in rewards."""
+
+    workers: int = 1
+    """Processes that run reward functions apart from the run; 0 calls them in the driver, without a time limit."""
+    timeout: float = 30.0
+    """Longest time for one call, seconds; a call that hits it is repeated completion by completion, each with it."""
+    chunk: int = 64
+    """Completions handed to a process in one call."""
+    retries: int = 1
+    """Times that a failed scoring is tried again before it counts as a failure."""
+    on_failure: Literal["stop", "drop"] = "stop"
+    """A completion that cannot be scored ends the run with the reason, or is left out of the update and counted."""
+    clip: float = 100.0
+    """Scores of a reward model are held within +-clip; the tutorial's cliprange_reward."""
+    pattern: str = ""
+    """Regular expression that the whole reply must match, for the reward `format`."""
+    command: tuple[str, ...] = ()
+    """Program and arguments for the reward `command`: JSON on its standard input, scores as JSON on its output."""
+    url: str = ""
+    """Address for the rewards `http` and `judge` (of the latter an OpenAI-compatible server, up to `/v1`)."""
+    model: str = ""
+    """Model that the server of `judge` is asked for."""
+    rubric: str = "Rate the assistant's reply to the user from 1 (worst) to 10 (best). End with [[rating]]."
+    """What `judge` tells the judging model to do; the last [[number]] of its answer is the score."""
+    key_variable: str = ""
+    """Environment variable with the bearer token for `url`; the token itself is never written or logged."""
+    overlong_buffer: int = 32
+    """Tokens before sampling.max_tokens over which the reward `overlong` falls from 0 to -1 (DAPO's soft penalty)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "timeout", "chunk", "clip", "overlong_buffer")
+        for name in ("workers", "retries"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig(StageConfig):
+    """What the stages that sample share: prompts, engine, rewards, evaluation."""
 
     reward: str = "math"
-    """Name in the entry-point group `align.rewards`, or `model` for the reward model in `reward_model`."""
+    """Rewards with weights, `NAME[=WEIGHT],...`: `model` (the reward model), `overlong`, `format`, `command`, `http`,
+    `judge`, a name of the entry-point group `align.rewards`, or a function of yours as `FILE.py:NAME`."""
     reward_model: Path | None = None
-    """Checkpoint directory of a reward model, for `reward: model`."""
+    """Checkpoint directory of a reward model, for the reward `model`."""
     reward_model_parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Processes of the reward model."""
-    loss: GrpoLoss = field(default_factory=GrpoLoss)
-    """Clipping and KL."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How rewards are computed."""
     updates_per_rollout: int = 1
     """Optimizer updates on each batch of completions; with 1 the ratio is exactly 1 and nothing is clipped."""
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(n=8))
-    """Group size (n; the tutorial's 8) and lengths."""
+    """Completions a prompt (n; the tutorial's 8) and lengths."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The rollout engine."""
     eval_data: Path | None = None
     """Held-out prompts; the mean reward of greedy answers to them is logged as `eval_reward`."""
+    eval_reward: str = ""
+    """Rewards of the evaluation, written like `reward`; empty takes those of training."""
     eval_every: int = 10
     """Steps between evaluations; also before the first step and after the last."""
     canary_threshold: float = 0.1
     """Largest mean |log-prob difference| between engine and trainer on the same tokens, nats, before the run stops."""
+    sft_data: Path | None = None
+    """Demonstrations mixed into every update (the PPO-ptx of InstructGPT); with `sft_coef`."""
+    sft_coef: float = 0.0
+    """Weight of their cross-entropy beside the policy's loss."""
+    sft_batch_size: int = 16
+    """Demonstrations an update."""
+    samples: int = 4
+    """Completions a step that go to samples.jsonl with reward and what the reward read out of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "updates_per_rollout", "eval_every", "canary_threshold")
-        if self.reward == "model" and self.reward_model is None:
+        _positive(self, "updates_per_rollout", "eval_every", "canary_threshold", "sft_batch_size")
+        if self.uses_reward_model and self.reward_model is None:
             raise ConfigError("reward 'model' needs the directory of a reward model; give --reward_model DIR")
-        if self.reward != "model" and self.reward_model is not None:
+        if self.reward_model is not None and not self.needs_reward_model:
             raise ConfigError(f"reward_model is set, but reward is {self.reward!r}; give --reward model to use it")
-        if self.sampling.n < 2:
-            raise ConfigError(
-                f"a group of {self.sampling.n} completion has no relative advantage; set sampling.n to 2 or more"
-            )
         if self.cluster.in_process and self.reward_model_parallel.world_size > 1:
             raise ConfigError(
                 f"cluster.in_process runs one rank, but reward_model_parallel asks for "
@@ -443,3 +529,117 @@ class GrpoConfig(StageConfig):
             raise ConfigError(
                 f"updates_per_rollout {self.updates_per_rollout} does not divide batch_size {self.batch_size} prompts"
             )
+        if (self.sft_coef > 0) != (self.sft_data is not None):
+            raise ConfigError("sft_data and sft_coef go together: demonstrations and their weight; set both or none")
+
+    @property
+    def uses_reward_model(self) -> bool:
+        """Whether a reward of training or evaluation is the reward model's."""
+        words = f"{self.reward},{self.eval_reward}".split(",")
+        return any(word.strip().partition("=")[0] == "model" for word in words)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether `reward_model` has a use in this stage."""
+        return self.uses_reward_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoConfig(PolicyConfig):
+    """`align grpo`: group-relative policy optimisation with a verifiable reward or a reward model."""
+
+    loss: GrpoLoss = field(default_factory=GrpoLoss)
+    """Clipping and KL."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_group(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDpoConfig(PolicyConfig):
+    """`align online-dpo`: preferences between the policy's own completions, ordered by their rewards."""
+
+    loss: OnlineDpoLoss = field(default_factory=OnlineDpoLoss)
+    """Beta and which pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_group(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlConfig:
+    """The KL penalty inside PPO's reward, and what steers its weight."""
+
+    coef: float = 0.02
+    """Weight of the KL to the reference in each token's reward, per nat (first one, if adaptive); the tutorial's."""
+    adaptive: bool = False
+    """Steer the weight towards `target` (Ziegler et al. 2019); the tutorial's fix_kl_coef is on, so off."""
+    target: float = 6.0
+    """Nats a completion, of the KL to the reference; the tutorial's."""
+    horizon: int = 10000
+    """Completions over which the weight moves by up to 20 %; the tutorial's."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimate of each token's KL; k1 is unbiased, also in its gradient."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "target", "horizon")
+        if self.coef < 0:
+            raise ConfigError(f"coef must not be negative, got {self.coef}")
+
+
+def _value_optimizer() -> OptimizerConfig:
+    return OptimizerConfig(lr=5e-6, min_lr=5e-7, schedule="linear", weight_decay=0.01)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlhfConfig(PolicyConfig):
+    """`align rlhf`: PPO with policy, frozen reference, reward model and value model."""
+
+    reward: str = "model"
+    """As for grpo; the reward model by default."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """One completion a prompt; the value model, not a group, is the baseline."""
+    loss: PpoLoss = field(default_factory=PpoLoss)
+    """Clipping of the policy."""
+    value_loss: ValueLoss = field(default_factory=ValueLoss)
+    """Clipping of the value model."""
+    value_model: Path | None = None
+    """Checkpoint that the value model starts from; the reward model by default, else the policy with a zero head."""
+    value_optimizer: OptimizerConfig = field(default_factory=_value_optimizer)
+    """AdamW of the value model; the tutorial's learning rates."""
+    value_parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes of the value model."""
+    value_warmup: int = 0
+    """First steps in which only the value model learns; a critic that knows nothing gives the policy noise."""
+    kl: KlConfig = field(default_factory=KlConfig)
+    """KL penalty in the reward."""
+    gamma: float = 1.0
+    """Discount a token; the tutorial's."""
+    lam: float = 0.95
+    """Weight of longer advantage estimates; the tutorial's."""
+    whiten: bool = True
+    """Advantages with mean 0 and variance 1 over the valid tokens of the whole rollout."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _between(self, "gamma", 0.0, 1.0)
+        _between(self, "lam", 0.0, 1.0)
+        if self.cluster.in_process and self.value_parallel.world_size > 1:
+            raise ConfigError(
+                f"cluster.in_process runs one rank, but value_parallel asks for {self.value_parallel.world_size}; "
+                "leave it off to use Ray"
+            )
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """The value model may start from a reward model that gives no reward itself."""
+        return True
+
+
+def _check_group(config: PolicyConfig) -> None:
+    if config.sampling.n < 2:
+        raise ConfigError(
+            f"a group of {config.sampling.n} completion has no relative advantage; set sampling.n to 2 or more"
+        )

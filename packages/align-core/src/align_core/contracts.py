@@ -163,6 +163,15 @@ class SupportsScoring(Protocol):
 
 
 @runtime_checkable
+class SupportsValues(Protocol):
+    """A model with a scalar head, read at every token: the critic of PPO."""
+
+    def values(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [N], the scalar before each token is chosen; 0 for the first of a sequence."""
+        ...
+
+
+@runtime_checkable
 class SupportsExport(Protocol):
     """A trainer that writes its model alone, without the state of training."""
 

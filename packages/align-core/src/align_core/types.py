@@ -26,7 +26,8 @@ class Batch:
     Column names that trainers and losses understand:
         per token    `mask` bool, True where the token is a target of the loss; `logprobs`, `old_logprobs`,
                      `reference_logprobs` float32, log p(token | the tokens before it in its sequence), nats, 0 for
-                     the first token of a sequence; `advantages` float32.
+                     the first token of a sequence; `advantages`, `returns`, `old_values` float32, PPO's;
+                     `sft_weight` float32, above 0 where a token is imitated beside the loss.
         per sequence `group` int64, the prompt id; losses over pairs keep a group in one micro-batch;
                      `label` float32, the score a reward model learns to rank by; `reward` float32, what a policy's
                      completion earned (advantages are computed from `reward` and `group` over the whole batch).

@@ -26,13 +26,16 @@ from align_core.config import (
     GrpoLoss,
     LossConfig,
     OptimizerConfig,
+    PpoLoss,
     RewardConfig,
     RewardLoss,
     SamplingConfig,
+    ScoringConfig,
     SftConfig,
     SftLoss,
     StageConfig,
     TrainerConfig,
+    ValueLoss,
 )
 from align_core.contracts import WeightSource
 from align_core.stages.world import Model, World
@@ -61,6 +64,7 @@ class FakeTrainer:
             "bias": 0.1 * rng.standard_normal(VOCAB, np.float32),
         }
         self.score = np.zeros(VOCAB, np.float32)
+        self.value = np.zeros(VOCAB, np.float32)
 
     def logprobs(self, batch: Batch) -> Array:
         self._world.tick("logprobs")
@@ -70,12 +74,21 @@ class FakeTrainer:
         self._world.tick("scores")
         return np.add.reduceat(self.score[batch.tokens], batch.offsets[:-1])
 
+    def values(self, batch: Batch) -> Array:
+        self._world.tick("values")
+        return _values(self.value, batch)
+
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         assert self.config.trainable
         self._world.tick("step")
         self.seen.append(batch)
         lr = self.config.optimizer.lr * (1 - self.steps_done / self.config.steps)
-        value = _reward_step(self, batch, lr) if isinstance(loss, RewardLoss) else self._policy_step(batch, loss, lr)
+        if isinstance(loss, RewardLoss):
+            value = _reward_step(self, batch, lr)
+        elif isinstance(loss, ValueLoss):
+            value = _value_step(self, batch, lr)
+        else:
+            value = self._policy_step(batch, loss, lr)
         self.steps_done += 1
         return {"loss": value, "grad_norm": 1.0, "lr": lr}
 
@@ -86,13 +99,13 @@ class FakeTrainer:
     def save(self, path: Path, state: Mapping[str, str]) -> None:
         self._world.tick("save")
         with new_directory(path) as staging:
-            np.savez(staging / "arrays.npz", **self.weight, score=self.score)  # type: ignore[arg-type]
+            np.savez(staging / "arrays.npz", **self.weight, score=self.score, value=self.value)  # type: ignore[arg-type]
             (staging / "state.json").write_text(json.dumps({"steps_done": self.steps_done, "state": dict(state)}))
 
     def load(self, path: Path) -> Mapping[str, str]:
         with np.load(path / "arrays.npz") as file:
             self.weight = {name: file[name] for name in self.weight}
-            self.score = file["score"]
+            self.score, self.value = file["score"], file["value"]
         saved = json.loads((path / "state.json").read_text())
         self.steps_done = saved["steps_done"]
         return dict(saved["state"])
@@ -102,7 +115,7 @@ class FakeTrainer:
         temporary = path.with_name(".export")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        np.savez(temporary / "arrays.npz", **self.weight, score=self.score)  # type: ignore[arg-type]
+        np.savez(temporary / "arrays.npz", **self.weight, score=self.score, value=self.value)  # type: ignore[arg-type]
         replace_directory(temporary, path)
 
     def _logprobs(self, batch: Batch) -> tuple[Array, NDArray[np.float64], NDArray[np.int64]]:
@@ -139,6 +152,10 @@ def _slope(batch: Batch, logprobs: NDArray[np.float64], loss: LossConfig) -> tup
         margin = loss.beta * (sums[0::2] - sums[1::2])
         pull = -loss.beta / (1 + np.exp(margin)) / len(margin)
         return float(np.log1p(np.exp(-margin)).mean()), np.repeat(np.stack([pull, -pull], 1).ravel(), batch.lengths)
+    if isinstance(loss, PpoLoss):
+        advantage = batch.token_column("advantages").astype(np.float64)
+        ratio = np.exp(logprobs - batch.token_column("old_logprobs").astype(np.float64))
+        return float((-advantage * ratio)[mask].mean()), -advantage * ratio / mask.sum()
     assert isinstance(loss, GrpoLoss)
     reward = batch.sequence_column("reward").astype(np.float64)
     _, group = np.unique(batch.sequence_column("group"), return_inverse=True)
@@ -165,6 +182,21 @@ def _reward_step(model: FakeTrainer, batch: Batch, lr: float) -> float:
         slope[j] += pull
     np.subtract.at(model.score, batch.tokens, (lr * np.repeat(slope, batch.lengths)).astype(np.float32))
     return float(np.mean([np.log1p(np.exp(scores[j] - scores[i])) for i, j in pairs]))
+
+
+def _values(value: Array, batch: Batch) -> Array:
+    """The value before each token is that of the token before it; 0 for the first of a sequence."""
+    shifted = np.concatenate([np.zeros(1, np.float32), value[batch.tokens[:-1]]])
+    shifted[batch.offsets[:-1]] = 0
+    return shifted
+
+
+def _value_step(model: FakeTrainer, batch: Batch, lr: float) -> float:
+    """Half the squared error to `returns` over the mask."""
+    error = np.where(batch.mask, _values(model.value, batch) - batch.token_column("returns").astype(np.float64), 0)
+    count = batch.mask.sum()
+    np.subtract.at(model.value, batch.tokens[:-1], (lr * error[1:] / count).astype(np.float32))
+    return float(0.5 * (error**2).sum() / count)
 
 
 class _Damaged:
@@ -305,6 +337,7 @@ def make_config(tmp_path: Path, tiny_model: Path) -> Callable[..., StageConfig]:
         if stage == "grpo":
             settings |= {
                 "reward": "length",
+                "scoring": ScoringConfig(workers=0),
                 "sampling": SamplingConfig(n=3, max_tokens=5),
                 "engine": EngineConfig(name="fake", context=64),
             }

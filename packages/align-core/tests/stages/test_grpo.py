@@ -12,7 +12,8 @@ import pytest
 from align_core.config import EngineConfig, GrpoConfig, GrpoLoss, OptimizerConfig, SamplingConfig
 from align_core.data.order import indices_of_step
 from align_core.errors import DataError, SyncError
-from align_core.stages.grpo import rollout_batch, run_grpo
+from align_core.stages.grpo import run_grpo
+from align_core.stages.rollout import rollout_batch
 from align_core.stages.run import read_metrics
 from align_core.text import load_tokenizer
 from align_core.types import Completion, Prompt
@@ -111,7 +112,7 @@ def test_metrics_of_a_step_by_hand(
     assert line["length"] == np.mean([len(c.tokens) for c in answer])
     assert line["truncated"] == np.mean([c.finish_reason == "length" for c in answer])
     assert line["canary_mean"] <= line["canary_p99"] <= line["canary_max"] < 1e-5
-    assert {f"seconds_{phase}" for phase in ("sync", "generate", "score", "train")} <= line.keys()
+    assert {f"seconds_{phase}" for phase in ("sync", "generate", "score", "logprobs", "train")} <= line.keys()
 
 
 def test_policy_learns_to_earn_more(make_config: Callable[..., GrpoConfig], fake_world: Callable[..., Any]) -> None:
@@ -205,7 +206,7 @@ def test_completion_that_cannot_be_scored_stops_with_the_reason(
     monkeypatch.setattr(length, "forbidden", "")
     world = fake_world()
     with pytest.raises(
-        DataError, match=r"reward 'length' could not score .* for the prompt 'What is \d\?': a forbidden"
+        DataError, match=r"reward 'length' could not score a reply: a forbidden text; .* the prompt 'What is \d\?'"
     ):
         run_grpo(make_config("grpo"), world)
     assert "step" not in world.operations

@@ -19,7 +19,7 @@ from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.quiet import quiet_megatron
 
 Read = Callable[[Tensor, MicroBatch], Tensor]
-"""What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N] or scores [B]."""
+"""What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N], values [N] or scores [B]."""
 
 
 def read_logprobs(vocab_size: int) -> Read:
@@ -41,6 +41,13 @@ def read_logprobs(vocab_size: int) -> Read:
 def read_scores(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
     """The scalar at the last token of each sequence, float32 [B]."""
     return output_1P1[0, micro.last, 0].float()
+
+
+def read_values(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
+    """The scalar before each token is chosen, at the token before it, float32 [N]; 0 for the first of a sequence."""
+    after_N = output_1P1[0, : len(micro.targets), 0].float()
+    shifted_N = torch.cat([after_N.new_zeros(1), after_N[:-1]])
+    return torch.where(micro.is_first, 0.0, shifted_N)
 
 
 @torch.no_grad()

@@ -22,14 +22,14 @@ from align_convert.layout import Rank
 from align_core.config import LossConfig, TrainerConfig
 from align_core.errors import AlignError, ConfigError, DataError, LayoutError
 from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
-from align_core.megatron.losses import prepare_loss
+from align_core.megatron.losses import Output, prepare_loss
 from align_core.megatron.microbatch import MicroBatch, pack
 from align_core.megatron.model import DTYPES, build_model, layout_of, load_weights, plan_of
 from align_core.megatron.offload import Shelf
 from align_core.megatron.optimizer import Optimization, check_schedule
 from align_core.megatron.packing import Unit, cut
 from align_core.megatron.parallel import RankContext, close_rank, init_rank
-from align_core.megatron.passes import forward, forward_backward, read_logprobs, read_scores
+from align_core.megatron.passes import Read, forward, forward_backward, read_logprobs, read_scores, read_values
 from align_core.megatron.source import open_model, translated_errors
 from align_core.megatron.weights import HeldWeights, total_bytes, weight_metas, write_pieces
 from align_core.types import Batch, ParamMeta
@@ -79,16 +79,12 @@ class MegatronTrainer:
             DataError: a sequence or token that the model does not know.
         """
         self._need_head("lm", "log-probs")
-        self._weights_shelf.bring_back()
-        micros = self._micros(batch, unit="sequence")
-        result = np.zeros(len(batch.tokens), np.float32)
-        with _explained("log-probs"):
-            found = forward(self._module, micros, read_logprobs(self.model_config.vocab_size))
-        for micro, values in zip(micros, found):
-            for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
-                if len(part):
-                    result[batch.offsets[row] : batch.offsets[row + 1]] = part
-        return self._joined(result)
+        return self._per_token(batch, read_logprobs(self.model_config.vocab_size), "log-probs")
+
+    def values(self, batch: Batch) -> NDArray[np.float32]:
+        """float32 [N], the scalar before each token is chosen, 0 for the first of a sequence; raises as `scores`."""
+        self._need_head("score", "values")
+        return self._per_token(batch, read_values, "values")
 
     def scores(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [B], the scalar at the last token of each sequence; raises as `logprobs`, for the other head."""
@@ -115,7 +111,7 @@ class MegatronTrainer:
         self.reload()
         prepared = prepare_loss(loss, batch, head=self.model_config.head)
         micros = self._micros(prepared.batch, unit=prepared.unit)
-        read = read_scores if self.model_config.head == "score" else read_logprobs(self.model_config.vocab_size)
+        read = self._read(prepared.reads)
         number = optimization.steps_done
         optimization.zero_grad()
         with _explained(f"step {number}: {type(loss).__name__}"):
@@ -231,6 +227,24 @@ class MegatronTrainer:
         self.__dict__.pop("_optimization", None)
         if self._owns_context:
             close_rank()
+
+    def _per_token(self, batch: Batch, read: Read, what: str) -> NDArray[np.float32]:
+        """float32 [N], what `read` finds at each token."""
+        self._weights_shelf.bring_back()
+        micros = self._micros(batch, unit="sequence")
+        result = np.zeros(len(batch.tokens), np.float32)
+        with _explained(what):
+            found = forward(self._module, micros, read)
+        for micro, values in zip(micros, found):
+            for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
+                if len(part):
+                    result[batch.offsets[row] : batch.offsets[row + 1]] = part
+        return self._joined(result)
+
+    def _read(self, output: Output) -> Read:
+        if output == "logprobs":
+            return read_logprobs(self.model_config.vocab_size)
+        return read_scores if output == "scores" else read_values
 
     def _trained(self) -> Optimization:
         if self._optimization is None:

@@ -36,6 +36,11 @@ class RayTrainer:
         scores: NDArray[np.float32] = self._first("scores", batch)
         return scores
 
+    def values(self, batch: Batch) -> NDArray[np.float32]:
+        """See `align_core.contracts.SupportsValues`."""
+        values: NDArray[np.float32] = self._first("values", batch)
+        return values
+
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         """See `align_core.contracts.Trainer`."""
         metrics: Mapping[str, float] = self._first("step", batch, loss)

@@ -1,29 +1,116 @@
-"""Where a policy's rewards come from: a function of the registry, or a reward model."""
+"""Scores a rollout: each reward of the stage with its weight, what it read out of the replies, and what failed.
 
-from collections.abc import Callable, Sequence
-from typing import cast
+A reward model runs beside the policy; functions run in processes of their own (`align_core.rewards.pool`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core import registry
-from align_core.config import GrpoConfig, TrainerConfig
-from align_core.contracts import RewardFunction
-from align_core.data.records import Content, PromptRecord
+from align_core.config import PolicyConfig, TrainerConfig
+from align_core.data.records import Content
 from align_core.errors import ConfigError, DataError
+from align_core.rewards.pool import RewardPool
+from align_core.rewards.sources import Weighted, check_name, parse_rewards, resolve, scores_of
+from align_core.stages.rollout import Rollout
 from align_core.stages.world import World
 from align_core.text import Tokenizer, load_tokenizer
-from align_core.types import Batch, Completion
+from align_core.types import Score
 
-Reward = Callable[[Sequence[PromptRecord], Sequence[Completion], Batch], NDArray[np.float32]]
-"""(the record of each completion, the completions, both as token sequences) -> float32 [B]"""
+Source = Callable[[Rollout], Sequence[Score]]
+"""One score or reason a completion."""
 
 
-def make_reward(config: GrpoConfig, world: World, tokenizer: Tokenizer) -> Reward:
-    """The reward that `config.reward` names; `model` loads the reward model beside the policy."""
-    if config.reward != "model":
-        factory = cast("Callable[[], RewardFunction]", registry.load("align.rewards", config.reward))
-        return _from_function(factory(), config.reward, tokenizer)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """A rollout with its rewards; completions that could not be scored are no longer in it."""
+
+    rollout: Rollout
+    rewards: NDArray[np.float32]
+    """float32 [B], the weighted sum."""
+    parts: Mapping[str, NDArray[np.float32]]
+    """Each reward alone, unweighted, float32 [B]."""
+    extracted: Sequence[str]
+    """What the rewards read out of each reply."""
+    failed: int
+    """Completions left out because they could not be scored."""
+
+
+class Rewards:
+    """All rewards of a stage: of training, and of its evaluations."""
+
+    def __init__(self, config: PolicyConfig, world: World, tokenizer: Tokenizer) -> None:
+        """Loads the reward model and starts the processes.
+
+        Raises:
+            ConfigError: an unknown reward, one that lacks a setting, or a reward model with another tokenizer.
+        """
+        self._config, self._tokenizer = config, tokenizer
+        self._training = parse_rewards(config.reward)
+        self._evaluation = parse_rewards(config.eval_reward) if config.eval_reward else self._training
+        names = list(dict.fromkeys(part.name for part in [*self._training, *self._evaluation]))
+        for name in names:
+            check_name(name)
+        self._pools: list[RewardPool] = []
+        try:
+            self._sources = {name: self._source(name, world) for name in sorted(names, key=lambda n: n == "model")}
+        except BaseException:
+            self.close()
+            raise
+
+    def score(self, rollout: Rollout) -> Scored:
+        """The rewards of training.
+
+        Raises:
+            DataError: a completion cannot be scored and `scoring.on_failure` is `stop`, or none can be scored.
+        """
+        return self._scored(self._training, rollout)
+
+    def evaluate(self, rollout: Rollout) -> Scored:
+        """The rewards of an evaluation; raises as `score`."""
+        return self._scored(self._evaluation, rollout)
+
+    def close(self) -> None:
+        """Ends the processes; calling it again does nothing."""
+        while self._pools:
+            self._pools.pop().close()
+
+    def _source(self, name: str, world: World) -> Source:
+        if name == "model":
+            return _reward_model(self._config, world, self._tokenizer)
+        if name == "overlong":
+            return _overlong(self._config)
+        if self._config.scoring.workers == 0:
+            function = resolve(name, self._config.scoring)
+            return lambda rollout: scores_of(function, name, *_texts(rollout, self._tokenizer))
+        pool = RewardPool(name, self._config.scoring)
+        self._pools.append(pool)
+        return lambda rollout: pool.score(*_texts(rollout, self._tokenizer))
+
+    def _scored(self, parts: Sequence[Weighted], rollout: Rollout) -> Scored:
+        scores = {part.name: list(self._sources[part.name](rollout)) for part in parts}
+        count = len(rollout.completions)
+        reasons = [_reasons(scores, i) for i in range(count)]
+        kept = np.asarray([i for i in range(count) if not reasons[i]], dtype=np.int64)
+        failed = next((i for i in range(count) if reasons[i]), None)
+        if failed is not None and (self._config.scoring.on_failure == "stop" or len(kept) == 0):
+            (text,) = _replies(rollout.select(np.asarray([failed])), self._tokenizer)
+            prompt = _words(rollout.questions[failed].record.prompt)
+            raise DataError(f"{reasons[failed]}; the reply is {text!r}, the prompt {prompt!r}")
+        values = {name: np.asarray([found[i].value for i in kept], dtype=np.float32) for name, found in scores.items()}
+        total = sum((np.float32(part.weight) * values[part.name] for part in parts), np.zeros(len(kept), np.float32))
+        return Scored(
+            rollout=rollout if len(kept) == count else rollout.select(kept),
+            rewards=np.asarray(total, dtype=np.float32),
+            parts=values,
+            extracted=[_extracted(scores, i) for i in kept],
+            failed=count - len(kept),
+        )
+
+
+def _reward_model(config: PolicyConfig, world: World, tokenizer: Tokenizer) -> Source:
     if config.reward_model and not load_tokenizer(config.reward_model).same_vocabulary(tokenizer):
         raise ConfigError(
             f"the reward model {str(config.reward_model)!r} numbers its tokens otherwise than {str(config.model)!r}; "
@@ -38,27 +125,55 @@ def make_reward(config: GrpoConfig, world: World, tokenizer: Tokenizer) -> Rewar
             parallel=config.reward_model_parallel,
         )
     )
-    return lambda _records, _completions, batch: model.scores(batch)
+    most = config.scoring.clip
+
+    def scores(rollout: Rollout) -> Sequence[Score]:
+        found = model.scores(rollout.batch)
+        return [
+            Score(value=min(max(float(value), -most), most))
+            if np.isfinite(value)
+            else Score(value=None, error=f"the reward model's score is {value}")
+            for value in found
+        ]
+
+    return scores
 
 
-def _from_function(function: RewardFunction, name: str, tokenizer: Tokenizer) -> Reward:
-    def reward(
-        records: Sequence[PromptRecord], completions: Sequence[Completion], _batch: Batch
-    ) -> NDArray[np.float32]:
-        keys = dict.fromkeys(key for record in records for key in record.columns)
-        columns = {key: [record.columns.get(key) for record in records] for key in keys}
-        texts = [tokenizer.decode(completion.tokens) for completion in completions]
-        scores = function([_words(record.prompt) for record in records], texts, columns)
-        if len(scores) != len(texts):
-            raise DataError(f"reward {name!r} gave {len(scores)} scores for {len(texts)} completions")
-        for record, text, score in zip(records, texts, scores):
-            if score.value is None:
-                raise DataError(
-                    f"reward {name!r} could not score {text!r} for the prompt {_words(record.prompt)!r}: {score.error}"
-                )
-        return np.asarray([score.value for score in scores], dtype=np.float32)
+def _overlong(config: PolicyConfig) -> Source:
+    """0 up to max_tokens - buffer, then falling to -1 at max_tokens (Yu et al. 2025, arXiv:2503.14476, eq. 13)."""
+    most, buffer = config.sampling.max_tokens, config.scoring.overlong_buffer
+    if buffer > most:
+        raise ConfigError(f"scoring.overlong_buffer {buffer} is longer than sampling.max_tokens {most}; lower it")
 
-    return reward
+    def scores(rollout: Rollout) -> Sequence[Score]:
+        return [Score(value=-max(0, len(c.tokens) - (most - buffer)) / buffer) for c in rollout.completions]
+
+    return scores
+
+
+def _texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[str], list[str], dict[str, list[object]]]:
+    """Prompts, replies and columns as a reward function takes them; a column that a record lacks is None."""
+    records = [question.record for question in rollout.questions]
+    keys = dict.fromkeys(key for record in records for key in record.columns)
+    columns = {key: [record.columns.get(key) for record in records] for key in keys}
+    return [_words(record.prompt) for record in records], _replies(rollout, tokenizer), columns
+
+
+def _replies(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(completion.tokens) for completion in rollout.completions]
+
+
+def _reasons(scores: Mapping[str, Sequence[Score]], row: int) -> str:
+    """Why a completion has no score; empty when it has all of them."""
+    failed = [(name, found[row].error) for name, found in scores.items() if found[row].value is None]
+    return "; ".join(f"reward {name!r} could not score a reply: {error}" for name, error in failed)
+
+
+def _extracted(scores: Mapping[str, Sequence[Score]], row: int) -> str:
+    found = {name: part[row].extracted for name, part in scores.items() if part[row].extracted}
+    if len(scores) == 1:
+        return "".join(found.values())
+    return "; ".join(f"{name}: {text}" for name, text in found.items())
 
 
 def _words(content: Content) -> str:

@@ -2,6 +2,8 @@
 
 OUT/config.yaml             the settings, resolved
 OUT/metrics.jsonl           one line a step
+OUT/samples.jsonl           some completions of each step, of the stages that sample
+OUT/checkpoints/NAME_step_N the same step of the models beside the policy (the value model); written before step_N
 OUT/checkpoints/step_N/     all that is needed to continue; the newest one counts, and each is complete
 OUT/checkpoints/...         what a stage computes once before its first step
 OUT/model/                  the trained model as a Megatron checkpoint
@@ -13,9 +15,9 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from rich.console import Console
@@ -31,11 +33,24 @@ logger = logging.getLogger(__name__)
 # Settings (with all below them) that may change between a run and its continuation: they change speed, place, precision
 # and tolerance, not what is computed.
 _FREE = {
-    *("out", "save_every", "parallel", "reward_model_parallel", "cluster", "training", "canary_threshold"),
+    *("out", "save_every", "parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
+    *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
     *("engine.memory_fraction", "engine.kv_cache_mib", "engine.max_sequences", "engine.replicas", "engine.sleep"),
     "engine.verify",
 }
+
+
+class Stateful(Protocol):
+    """What a stage keeps beside its models; texts, so that a checkpoint's record holds it."""
+
+    def state(self) -> Mapping[str, str]:
+        """What a checkpoint keeps."""
+        ...
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """Continues from `state`, which may hold other keys too."""
+        ...
 
 
 class Run:
@@ -46,6 +61,7 @@ class Run:
         self.config = config
         self.out = config.out
         self._metrics = self.out / "metrics.jsonl"
+        self._samples = self.out / "samples.jsonl"
         self._check_settings()
 
     @property
@@ -53,16 +69,24 @@ class Run:
         """True when the stage has ended before."""
         return (self.out / "result.json").exists()
 
-    def steps(self, model: Model) -> Iterator[int]:
-        """The steps still to do, from 0 or from the newest checkpoint; saves after every `save_every` of them."""
-        first = self._resume(model)
+    def steps(
+        self, model: Model, *, beside: Mapping[str, Model] | None = None, state: Stateful | None = None
+    ) -> Iterator[int]:
+        """The steps still to do, from 0 or from the newest checkpoint; saves after every `save_every` of them.
+
+        Args:
+            beside: further trained models, by name, saved and loaded with `model`.
+            state: what else must survive, such as the coefficient of a controller.
+        """
+        beside = beside or {}
+        first = self._resume(model, beside, state)
         with _progress() as progress:
             task = progress.add_task(self.out.name, total=self.config.steps, completed=first)
             for step in range(first, self.config.steps):
                 yield step
                 progress.update(task, completed=step + 1)
                 if (step + 1) % self.config.save_every == 0 and step + 1 < self.config.steps:
-                    self._save(step + 1, model)
+                    self._save(step + 1, model, beside, state)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl and to the log; raises OSError when the disk is full."""
@@ -71,6 +95,11 @@ class Run:
             file.write(json.dumps(line) + "\n")
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("step %d/%d  %s", step + 1, self.config.steps, shown)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """Appends sample completions of a step to samples.jsonl."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
     def finish(self, model: Model, result: Mapping[str, object]) -> None:
         """Exports the model, then writes result.json, then drops the checkpoints that are no longer needed."""
@@ -94,28 +123,45 @@ class Run:
                 shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         write_text(path, yaml.safe_dump(now, sort_keys=False))
 
-    def _resume(self, model: Model) -> int:
+    def _resume(self, model: Model, beside: Mapping[str, Model], state: Stateful | None) -> int:
         newest = max(_checkpoints(self.out), default=0)
         if newest:
             path = self.out / "checkpoints" / f"step_{newest}"
-            state = model.load(path)
-            if state.get("step") != str(newest):
-                raise CheckpointError(f"{str(path)!r} says that it is of step {state.get('step')}; remove it")
+            saved = dict(model.load(path))
+            if saved.get("step") != str(newest):
+                raise CheckpointError(f"{str(path)!r} says that it is of step {saved.get('step')}; remove it")
+            for name, other in beside.items():
+                other.load(self.out / "checkpoints" / f"{name}_step_{newest}")
+            if state is not None:
+                state.restore(saved)
             logger.info("continuing %s from step %d of %d", self.out, newest, self.config.steps)
         kept = [line for line in read_metrics(self.out) if line["step"] < newest]
         write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._samples.exists():
+            rows = [row for row in read_lines(self._samples) if row["step"] < newest]
+            write_text(self._samples, "".join(json.dumps(row) + "\n" for row in rows))
         return newest
 
-    def _save(self, step: int, model: Model) -> None:
-        model.save(self.out / "checkpoints" / f"step_{step}", {"step": str(step)})
+    def _save(self, step: int, model: Model, beside: Mapping[str, Model], state: Stateful | None) -> None:
+        folder = self.out / "checkpoints"
+        for name, other in beside.items():
+            other.save(folder / f"{name}_step_{step}", {"step": str(step)})
+        # Last: its presence says that the step is complete.
+        model.save(folder / f"step_{step}", {"step": str(step), **(state.state() if state else {})})
         for older in _checkpoints(self.out):
             if older < step:
-                shutil.rmtree(self.out / "checkpoints" / f"step_{older}")
+                shutil.rmtree(folder / f"step_{older}")
+                for name in beside:
+                    shutil.rmtree(folder / f"{name}_step_{older}", ignore_errors=True)
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
     """The lines of OUT/metrics.jsonl; a last line cut off by a crash is left out."""
-    path = out / "metrics.jsonl"
+    return read_lines(out / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, up to the first line that a crash cut off; none without the file."""
     if not path.exists():
         return []
     lines = []

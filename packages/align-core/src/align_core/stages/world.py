@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Protocol
 
 from align_core.config import EngineConfig, TrainerConfig
-from align_core.contracts import RolloutEngine, SupportsExport, SupportsScoring, Trainer
+from align_core.contracts import RolloutEngine, SupportsExport, SupportsScoring, SupportsValues, Trainer
 
 
-class Model(Trainer, SupportsScoring, SupportsExport, Protocol):
+class Model(Trainer, SupportsScoring, SupportsValues, SupportsExport, Protocol):
     """A trainer with every capability that stages use."""
 
 

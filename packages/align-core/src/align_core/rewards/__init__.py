@@ -1,0 +1,1 @@
+"""Rewards of completions: where they come from, and the processes that run them apart from the training run."""

@@ -1,0 +1,106 @@
+"""From a scored rollout to the batch of an update: the trainer's own log-probs, the reference's, demonstrations.
+
+Knows nothing about engines and processes; the formulas that need torch are behind `align_core.megatron`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from align_core.config import LossConfig, PolicyConfig
+from align_core.data.examples import Example, batch_of, sft_examples
+from align_core.data.order import indices_of_step
+from align_core.data.records import read_sft
+from align_core.stages.rewards import Scored
+from align_core.stages.sync import compare_logprobs
+from align_core.stages.world import Model
+from align_core.text import Tokenizer
+from align_core.types import Batch
+
+
+def with_logprobs(
+    scored: Scored, policy: Model, reference: Model | None, *, threshold: float, version: int
+) -> tuple[Batch, dict[str, float]]:
+    """The batch to train on, with the trainer's own log-probs, and how far the engine's were from them.
+
+    Raises:
+        SyncError: engine and trainer disagree by more than `threshold` nats on average.
+    """
+    batch = scored.rollout.batch
+    columns = {"old_logprobs": policy.logprobs(batch)}
+    if reference is not None:
+        columns["reference_logprobs"] = reference.logprobs(batch)
+    engine_N = batch.token_column("engine_logprobs")[batch.mask].astype(np.float32)
+    canary = compare_logprobs(engine_N, columns["old_logprobs"][batch.mask], threshold=threshold, version=version)
+    batch = batch.with_columns(tokens=columns, sequences={"reward": scored.rewards})
+    return batch, {"canary_mean": canary.mean, "canary_p99": canary.p99, "canary_max": canary.max}
+
+
+def parts_of(batch: Batch, updates: int) -> list[Batch]:
+    """The rollout cut into `updates` batches of whole groups, in order."""
+    group_B = batch.sequence_column("group")
+    parts = np.array_split(np.unique(group_B), updates)
+    return [batch.select(np.flatnonzero(np.isin(group_B, part))) for part in parts if len(part)]
+
+
+def update(
+    model: Model, batch: Batch, loss: LossConfig, *, updates: int, demonstrations: "Demonstrations | None" = None
+) -> dict[str, float]:
+    """One or several optimizer updates on a rollout, each on its own prompts; metrics are their means."""
+    steps = [
+        model.step(demonstrations.mixed_into(part) if demonstrations else part, loss)
+        for part in parts_of(batch, updates)
+    ]
+    return {name: float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
+
+
+class Demonstrations:
+    """Supervised examples that join every update, with the weight `sft_coef`."""
+
+    def __init__(self, config: PolicyConfig, tokenizer: Tokenizer) -> None:
+        assert config.sft_data is not None
+        self._config = config
+        self._examples: Sequence[Example] = sft_examples(
+            tokenizer, read_sft(config.sft_data), template=config.template, max_length=config.max_length
+        )
+        self._drawn = 0
+
+    def start(self, step: int) -> None:
+        """The next draws are those of `step`."""
+        self._drawn = step * self._config.updates_per_rollout
+
+    def mixed_into(self, batch: Batch) -> Batch:
+        """The batch, then demonstrations: `sft_weight` on their responses, other columns 0, groups of their own."""
+        size = self._config.sft_batch_size
+        chosen = indices_of_step(self._drawn, records=len(self._examples), batch_size=size, seed=self._config.seed + 1)
+        self._drawn += 1
+        return joined(batch, batch_of([self._examples[i] for i in chosen]), weight=self._config.sft_coef)
+
+
+def open_demonstrations(config: PolicyConfig, tokenizer: Tokenizer) -> Demonstrations | None:
+    """The demonstrations of `sft_data`; None without them."""
+    return Demonstrations(config, tokenizer) if config.sft_data is not None else None
+
+
+def joined(batch: Batch, examples: Batch, *, weight: float) -> Batch:
+    """`batch`, then `examples`, whose mask becomes `sft_weight`, so that the policy's loss does not see them."""
+    count, extra = len(batch.tokens), len(examples.tokens)
+    none = np.zeros(extra, np.bool_)
+    columns = {
+        name: np.concatenate([column, np.zeros(extra, column.dtype)]) for name, column in batch.token_columns.items()
+    }
+    columns["mask"] = np.concatenate([batch.mask, none])
+    columns["sft_weight"] = np.concatenate([np.zeros(count, np.float32), np.float32(weight) * examples.mask])
+    sequences = {
+        name: np.concatenate([column, np.zeros(len(examples), column.dtype)])
+        for name, column in batch.sequence_columns.items()
+    }
+    group_B = batch.sequence_column("group")
+    first = int(group_B.max()) + 1
+    sequences["group"] = np.concatenate([group_B, np.arange(first, first + len(examples))])
+    return Batch(
+        tokens=np.concatenate([batch.tokens, examples.tokens]),
+        offsets=np.concatenate([batch.offsets, count + examples.offsets[1:]]),
+        token_columns=columns,
+        sequence_columns=sequences,
+    )

@@ -1,0 +1,74 @@
+"""What a person sees of a sampling stage: figures of a rollout, sample completions, seconds by phase."""
+
+import time
+from collections.abc import Mapping
+
+import numpy as np
+
+from align_core.stages.rewards import Scored
+from align_core.text import Tokenizer
+
+
+def describe(scored: Scored) -> dict[str, float]:
+    """Figures of one step's completions."""
+    completions = scored.rollout.completions
+    lengths = np.asarray([len(c.tokens) for c in completions])
+    group_B = scored.rollout.batch.sequence_column("group")
+    spread = [np.ptp(scored.rewards[group_B == group]) for group in np.unique(group_B)]
+    figures = {
+        "reward": float(scored.rewards.mean()),
+        "reward_std": float(scored.rewards.std()),
+        "tied_groups": float(np.mean(np.asarray(spread) == 0)),
+        "length": float(lengths.mean()),
+        "length_max": float(lengths.max()),
+        "truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
+        "failed_scores": scored.failed / (scored.failed + len(completions)),
+    }
+    if len(scored.parts) > 1:
+        figures |= {f"reward_{name}": float(values.mean()) for name, values in scored.parts.items()}
+    return figures
+
+
+def rates(scored: Scored, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Tokens a second: of generation (new ones), and of the whole step (prompts and completions)."""
+    new = sum(len(c.tokens) for c in scored.rollout.completions)
+    generating = seconds.get("seconds_generate", 0.0)
+    whole = sum(seconds.values())
+    return {
+        "generated_tokens_per_second": new / generating if generating else 0.0,
+        "tokens_per_second": len(scored.rollout.batch.tokens) / whole if whole else 0.0,
+    }
+
+
+def sample_rows(scored: Scored, tokenizer: Tokenizer, *, count: int) -> list[dict[str, object]]:
+    """Some completions of a step, spread over its groups, with what a person needs to judge their rewards."""
+    rows = []
+    for i in np.unique(np.linspace(0, len(scored.rewards) - 1, num=count).astype(int)) if count else []:
+        completion = scored.rollout.completions[i]
+        rows.append(
+            {
+                "prompt": tokenizer.decode(scored.rollout.questions[i].prompt.tokens),
+                "reply": tokenizer.decode(completion.tokens),
+                "reward": float(scored.rewards[i]),
+                "parts": {name: float(values[i]) for name, values in scored.parts.items()},
+                "extracted": scored.extracted[i],
+                "finish_reason": completion.finish_reason,
+                "tokens": len(completion.tokens),
+                "version": completion.version,
+            }
+        )
+    return rows
+
+
+class Clock:
+    """Seconds by phase, as `seconds_NAME`."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The phase that ends now was `name`."""
+        now = time.perf_counter()
+        self.laps[f"seconds_{name}"] = self.laps.get(f"seconds_{name}", 0.0) + now - self._last
+        self._last = now
