@@ -27,6 +27,34 @@ RAW: dict[str, object] = {
     "torch_dtype": "float32",
 }
 
+_MOE: dict[str, object] = {"num_experts_per_tok": 2, "head_dim": 8}
+FAMILY_CHANGES: dict[str, dict[str, object]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 16},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, **_MOE},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        **_MOE,
+    },
+}
+"""What makes the tiny model one of another family."""
+
+
+def family_config(family: str, **changes: object) -> ModelConfig:
+    """The tiny model of a family."""
+    return ModelConfig.from_hf(RAW | {"model_type": family} | FAMILY_CHANGES[family] | changes)
+
+
+@pytest.fixture
+def make_family() -> Callable[..., ModelConfig]:
+    """`make_family("qwen2", num_hidden_layers=2)` is the tiny model of a family."""
+    return family_config
+
 
 @pytest.fixture
 def make_config() -> Callable[..., ModelConfig]:

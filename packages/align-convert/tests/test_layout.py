@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from align_convert import Layout, LayoutError, ModelConfig, Rank, rank_plan
-from align_convert.layout import layers_of
+from align_convert.layout import layers_of, stages
 
 Make = Callable[..., ModelConfig]
 
@@ -22,6 +22,30 @@ def test_virtual_chunks_interleave_over_stages() -> None:
     assert held == {(0, 0): [0, 1], (0, 1): [4, 5], (1, 0): [2, 3], (1, 1): [6, 7]}
 
 
+def test_ends_of_the_pipeline_may_hold_other_numbers_of_layers() -> None:
+    """14 layers as 2, 5, 5, 2; 20 layers in 2 rounds as 4, 6, 6, 4: chunks of 2, 3, 3, 2, twice."""
+    assert stages(14, pp=4, first=2, last=2) == (2, 5, 5, 2)
+    assert stages(11, pp=3, first=3) == (3, 4, 4)
+    assert stages(20, pp=4, vp=2, first=4, last=4) == (2, 3, 3, 2, 2, 3, 3, 2)
+    layout = Layout(pp=2, vp=2, chunk_layers=(1, 3, 2, 0))
+    held = {(rank.pp, rank.vp): list(layers_of(6, layout, rank)) for rank in layout.ranks()}
+    assert held == {(0, 0): [0], (0, 1): [4, 5], (1, 0): [1, 2, 3], (1, 1): []}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"num_layers": 8, "pp": 4, "first": 1}, "less 1 at the ends cannot be spread evenly over the 3 other of 4"),
+        ({"num_layers": 8, "pp": 2, "first": 3, "last": 4}, "cannot be spread evenly over the 0 other of 2 stages"),
+        ({"num_layers": 8, "pp": 2, "vp": 2, "first": 3}, "does not divide the 3 layers of a stage"),
+    ],
+)
+def test_stages_that_do_not_add_up_are_refused(numbers: dict[str, int], message: str) -> None:
+    with pytest.raises(LayoutError) as caught:
+        stages(**numbers)
+    assert message in str(caught.value)
+
+
 def test_refusal_lists_the_sizes_that_work(make_config: Make) -> None:
     config = make_config(hidden_size=128, num_attention_heads=32, num_key_value_heads=32, intermediate_size=256)
     with pytest.raises(LayoutError) as caught:
@@ -32,9 +56,15 @@ def test_refusal_lists_the_sizes_that_work(make_config: Make) -> None:
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        (Layout(pp=3), {}, "pipeline parallel size 3 does not divide 8 layers; use 1, 2, 4 or 8"),
+        (
+            Layout(pp=3),
+            {},
+            "pipeline parallel size 3 does not divide 8 layers; use 1, 2, 4 or 8, or say how many layers",
+        ),
         (Layout(pp=2, vp=3), {}, "virtual pipeline size 3 does not divide 4 layers a stage; use 1, 2 or 4"),
         (Layout(vp=2), {}, "virtual pipeline size 2 needs a pipeline of at least 2 stages; use pp >= 2 or vp 1"),
+        (Layout(ep=2), {}, "expert parallel size 2 needs a mixture of experts; this model is dense: use 1"),
+        (Layout(pp=2, chunk_layers=(3, 4)), {}, "the chunks hold 3 + 4 = 7 layers; the model has 8"),
         (Layout(tp=4), {"intermediate_size": 50}, "does not divide the MLP width 50; use 1 or 2"),
         (
             Layout(tp=2),

@@ -9,14 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 from align_convert.errors import ConfigError
 from align_convert.families import FAMILIES, family_of_model_type
 from align_convert.rules import Dim, Family, Place, Rule, When
 
-Head = Literal["lm", "score"]
-"""`lm` gives logits over the vocabulary, `score` one number a position (reward and value models)."""
+Head = Literal["lm", "score", "pooler"]
+"""`lm` gives logits over the vocabulary, `score` one number a position (reward and value models), `pooler` the same
+from two layers with a ReLU between them (ChatLearn's reward and value models)."""
+
+_POOLER_KEY = "score_head_layers"  # ours: transformers knows no such head
 
 _Number = TypeVar("_Number", int, float)
 _HF_DEFAULT_ROPE_THETA = 10000.0  # what transformers takes where a Llama config.json says nothing
@@ -50,6 +53,12 @@ class ModelConfig:
     head: Head
     hf: Mapping[str, object]
     """The raw config.json."""
+    num_experts: int | None = None
+    """Experts a layer; None for dense models."""
+    experts_per_token: int | None = None
+    """Experts that the router chooses for each token."""
+    expert_ffn_size: int | None = None
+    """Width of one expert's gated MLP."""
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, object]) -> "ModelConfig":
@@ -58,9 +67,10 @@ class ModelConfig:
         Raises:
             ConfigError: no or unreadable config.json, an unsupported family or setting, a missing or impossible value.
         """
-        hf = source if isinstance(source, Mapping) else read_config_json(Path(source))
-        family = family_of_model_type(hf.get("model_type"))
-        _check_required_settings(hf, family)
+        raw = source if isinstance(source, Mapping) else read_config_json(Path(source))
+        family = family_of_model_type(raw.get("model_type"))
+        _check_required_settings(raw, family)
+        hf = {**family.defaults, **raw}
         head = _read_head(hf, family)
         num_heads = _read_number(hf, "num_attention_heads", int)
         hidden_size = _read_number(hf, "hidden_size", int)
@@ -80,7 +90,8 @@ class ModelConfig:
             max_positions=_read_number(hf, "max_position_embeddings", int, default=2048),
             tied_embeddings=head == "lm" and bool(hf.get("tie_word_embeddings", False)),
             head=head,
-            hf=dict(hf),
+            hf=dict(raw),
+            **_read_experts(hf, family),
         )
         config._check_heads()
         return config
@@ -92,7 +103,7 @@ class ModelConfig:
                 f"num_key_value_heads {self.num_kv_heads} does not divide {self.num_heads} attention heads; "
                 f"use {choices}"
             )
-        if self.hf.get("head_dim") is None and self.hidden_size % self.num_heads:
+        if {**self.table.defaults, **self.hf}.get("head_dim") is None and self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"{self.num_heads} attention heads do not divide hidden_size {self.hidden_size}; "
                 "set head_dim in config.json"
@@ -113,7 +124,10 @@ class ModelConfig:
             "hidden": self.hidden_size,
             "query": self.num_heads * self.head_dim,
             "kv": self.num_kv_heads * self.head_dim,
+            "head": self.head_dim,
             "ffn": self.ffn_size,
+            "expert_ffn": self.expert_ffn_size or 0,
+            "experts": self.num_experts or 0,
             "vocab": self.vocab_size,
         }
         return sizes[dim]
@@ -122,8 +136,8 @@ class ModelConfig:
         """Whether rules marked `when` apply to this model's head."""
         if when is When.ALWAYS:
             return True
-        if self.head == "score":
-            return when is When.SCORE
+        if self.head != "lm":
+            return when is (When.SCORE if self.head == "score" else When.POOLER)
         return when is (When.TIED if self.tied_embeddings else When.UNTIED)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -140,20 +154,28 @@ class ModelConfig:
         return shapes
 
     def _source_shapes(self, rule: Rule, *, layer: int) -> dict[str, tuple[int, ...]]:
-        return {s.name.format(layer=layer): tuple(self.size(dim) for dim in s.dims) for s in rule.sources}
+        experts = range(self.num_experts or 0) if rule.per_expert else range(1)
+        return {
+            source.name.format(layer=layer, expert=expert): tuple(self.size(dim) for dim in source.dims)
+            for expert in experts
+            for source in rule.sources
+        }
 
     def with_head(self, head: Head) -> "ModelConfig":
         """The same body under another head; the raw config follows, so it can be saved as it is."""
         if head == self.head:
             return self
-        raw = {key: value for key, value in self.hf.items() if key not in ("num_labels", "id2label", "label2id")}
-        if head == "score":
+        of_heads = ("num_labels", "id2label", "label2id", _POOLER_KEY)
+        raw = {key: value for key, value in self.hf.items() if key not in of_heads}
+        if head != "lm":
             raw |= {
                 "architectures": [self.table.score_architecture],
                 "id2label": {"0": "LABEL_0"},
                 "label2id": {"LABEL_0": 0},
             }
-            return dataclasses.replace(self, head="score", tied_embeddings=False, hf=raw)
+            if head == "pooler":
+                raw[_POOLER_KEY] = 2
+            return dataclasses.replace(self, head=head, tied_embeddings=False, hf=raw)
         raw["architectures"] = [self.table.lm_architecture]
         tied = bool(raw.get("tie_word_embeddings", False))
         return dataclasses.replace(self, head="lm", tied_embeddings=tied, hf=raw)
@@ -219,7 +241,28 @@ def _read_head(hf: Mapping[str, object], family: Family) -> Head:
     count = len(labels) if isinstance(labels, Mapping) else hf.get("num_labels", 2)
     if count != 1:
         raise ConfigError(f"a score head with {count!r} labels is not supported; set num_labels to 1 in config.json")
-    return "score"
+    layers = hf.get(_POOLER_KEY, 1)
+    if layers not in (1, 2):
+        raise ConfigError(f"config.json: {_POOLER_KEY!r} is {layers!r}; a score head has 1 or 2 layers")
+    return "score" if layers == 1 else "pooler"
+
+
+class _Experts(TypedDict, total=False):
+    num_experts: int
+    experts_per_token: int
+    expert_ffn_size: int
+
+
+def _read_experts(hf: Mapping[str, object], family: Family) -> _Experts:
+    """The sizes that only a mixture of experts has."""
+    if not family.has_experts:
+        return {}
+    stored = [key for key in family.experts_keys if key in hf and key not in family.defaults]
+    return {
+        "num_experts": _read_number(hf, [*stored, family.experts_keys[0]][0], int),
+        "experts_per_token": _read_number(hf, "num_experts_per_tok", int),
+        "expert_ffn_size": _read_number(hf, family.expert_ffn_key, int),
+    }
 
 
 def _check_required_settings(hf: Mapping[str, object], family: Family) -> None:

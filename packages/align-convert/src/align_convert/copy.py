@@ -5,7 +5,7 @@ runs rank by rank or tensor by tensor, so that at most one output file's tensors
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -63,11 +63,10 @@ def plan_to_megatron(
     """
     layout.check(source.config)
     chosen = _check_copy(source, destination, dtype=dtype, overwrite=overwrite)
-    files = []
-    for pp in range(layout.pp):
-        for tp in range(layout.tp):
-            file = rank_file(iteration_folder(Path(), _ITERATION), layout, tp=tp, pp=pp)
-            files.append((str(file), _rank_bytes(source, layout, chosen, tp=tp, pp=pp)))
+    folder = iteration_folder(Path(), _ITERATION)
+    files = [
+        (str(rank_file(folder, layout, rank)), _rank_bytes(source, layout, chosen, rank)) for rank in layout.files()
+    ]
     plan = CopyPlan(
         files=tuple(files), carried=_carried_names(source), dtype=chosen, peak_bytes=max(size for _, size in files)
     )
@@ -94,21 +93,19 @@ def to_megatron(
     plan = plan_to_megatron(source, path, layout=layout, dtype=dtype, overwrite=overwrite)
     start(plan.total_bytes)
     with new_directory(path) as temporary:
-        for pp in range(layout.pp):
-            for tp in range(layout.tp):
-                chunks = [
-                    dict(_filled(source, layout, Rank(tp=tp, pp=pp, vp=vp), plan.dtype, progress))
-                    for vp in range(layout.vp)
-                ]
-                write_megatron_rank(
-                    temporary,
-                    config=source.config,
-                    layout=layout,
-                    rank=Rank(tp=tp, pp=pp),
-                    chunks=chunks,
-                    dtype=plan.dtype,
-                    iteration=_ITERATION,
-                )
+        for rank in layout.files():
+            chunks = [
+                dict(_filled(source, layout, replace(rank, vp=vp), plan.dtype, progress)) for vp in range(layout.vp)
+            ]
+            write_megatron_rank(
+                temporary,
+                config=source.config,
+                layout=layout,
+                rank=rank,
+                chunks=chunks,
+                dtype=plan.dtype,
+                iteration=_ITERATION,
+            )
         finish_megatron(
             temporary,
             config=source.config,
@@ -200,8 +197,8 @@ def _carried_names(source: Source) -> tuple[str, ...]:
     return ("config.json", *(path.name for path in carried_files(source.root)))
 
 
-def _rank_bytes(source: Source, layout: Layout, dtype: torch.dtype, *, tp: int, pp: int) -> int:
-    ranks = [Rank(tp=tp, pp=pp, vp=vp) for vp in range(layout.vp)]
+def _rank_bytes(source: Source, layout: Layout, dtype: torch.dtype, rank: Rank) -> int:
+    ranks = [replace(rank, vp=vp) for vp in range(layout.vp)]
     shards = [shard for rank in ranks for shard in rank_plan(source.config, layout, rank)]
     return sum(prod(shard.shape) for shard in shards) * dtype.itemsize
 

@@ -6,11 +6,12 @@ all read the same rectangles, in either direction. Knows nothing about files, an
 Index legend: an index is one (start, stop) pair a dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from align_convert.config import ModelConfig
-from align_convert.layout import Layout, Rank, layers_of
+from align_convert.layout import Layout, Rank, experts_of, layers_of
 from align_convert.rules import Interleave, Place, Rule, Split, When
 
 Index = tuple[tuple[int, int], ...]
@@ -24,7 +25,7 @@ class Piece:
     hf_index: Index
     shard_index: Index
     primary: bool
-    """True on exactly one rank for every HF element: of replicated tensors tp 0's, of tied weights the embedding's."""
+    """True on exactly one rank for every HF element: of replicas tp 0, ep 0, of tied weights the embedding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +53,18 @@ class Shard:
     padding: Padding | None = None
 
 
+class _Where(NamedTuple):
+    """The numbers of a layer and an expert in the two names."""
+
+    in_hf: Mapping[str, int]
+    """Counted over the model."""
+    in_megatron: Mapping[str, int]
+    """Counted within the pipeline chunk and the expert-parallel rank."""
+
+
+_NOWHERE = _Where({}, {})
+
+
 def rank_plan(config: ModelConfig, layout: Layout, rank: Rank) -> tuple[Shard, ...]:
     """All tensors of one rank, in Megatron's order.
 
@@ -65,21 +78,32 @@ def rank_plan(config: ModelConfig, layout: Layout, rank: Rank) -> tuple[Shard, .
     if rank.is_first():
         shards += [_shard(rule, config, layout, rank) for rule in rules if rule.place is Place.FIRST]
     for local, layer in enumerate(layers_of(config.num_layers, layout, rank)):
-        in_layer = (rule for rule in rules if rule.place is Place.LAYER)
-        shards += [_shard(rule, config, layout, rank, local_layer=local, layer=layer) for rule in in_layer]
+        for rule in (rule for rule in rules if rule.place is Place.LAYER):
+            shards += _layer_shards(rule, config, layout, rank, local_layer=local, layer=layer)
     if rank.is_last(layout):
         at_end = (rule for rule in rules if rule.place is Place.LAST)
         shards += [_shard(rule, config, layout, rank) for rule in at_end if layout.pp > 1 or rule.when is not When.TIED]
     return tuple(shards)
 
 
-def _shard(
-    rule: Rule, config: ModelConfig, layout: Layout, rank: Rank, *, local_layer: int = 0, layer: int = 0
-) -> Shard:
+def _layer_shards(
+    rule: Rule, config: ModelConfig, layout: Layout, rank: Rank, *, local_layer: int, layer: int
+) -> Iterator[Shard]:
+    """A layer's tensor, or one for each expert on this expert-parallel rank."""
+    if not rule.per_expert:
+        yield _shard(rule, config, layout, rank, _Where({"layer": layer}, {"layer": local_layer}))
+        return
+    for local, expert in enumerate(experts_of(config.num_experts or 0, layout, rank)):
+        here = {"layer": local_layer, "expert": local}
+        yield _shard(rule, config, layout, rank, _Where({"layer": layer, "expert": expert}, here))
+
+
+def _shard(rule: Rule, config: ModelConfig, layout: Layout, rank: Rank, where: _Where = _NOWHERE) -> Shard:
     """Cut one Megatron tensor for one rank."""
-    shapes = {s.name.format(layer=layer): tuple(config.size(dim) for dim in s.dims) for s in rule.sources}
-    primary = rule.when is not When.TIED and (rule.split is not Split.NONE or rank.tp == 0)
-    name = rule.megatron.format(layer=local_layer)
+    shapes = {s.name.format(**where.in_hf): tuple(config.size(dim) for dim in s.dims) for s in rule.sources}
+    replica = (rule.split is Split.NONE and rank.tp > 0) or (rank.ep > 0 and not rule.per_expert)
+    primary = rule.when is not When.TIED and not replica
+    name = rule.megatron.format(**where.in_megatron)
     if rule.split is Split.ROWS:
         vocab = rule.sources[0].dims[0] == "vocab"
         rounds = {Interleave.WHOLE: 1, Interleave.KV_GROUPS: config.num_kv_heads, Interleave.TENSOR_PARALLEL: layout.tp}

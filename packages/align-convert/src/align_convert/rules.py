@@ -1,7 +1,7 @@
-"""The vocabulary in which a model family is described: sources, rules, the family itself.
+"""The words in which a model family's weight table is written; see `families/llama.py` for a whole one.
 
-A rule says how one Megatron tensor is made of Hugging Face tensors, in words that need no parallel rank; `plan.py`
-turns rules into rectangles for a rank. Knows nothing about files, torch or numbers: sizes are named, not given.
+A rule says how one Megatron tensor is made of Hugging Face tensors. Layouts, ranks and both directions follow from it,
+so nothing is said twice. Knows nothing about files, torch or numbers: sizes are named, not given.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
-Dim = Literal["one", "hidden", "query", "kv", "ffn", "vocab"]
+Dim = Literal["one", "hidden", "query", "kv", "head", "ffn", "expert_ffn", "experts", "vocab"]
 """A named size: `query` is heads x head size, `kv` is KV heads x head size, `one` is the width of a scalar head."""
 
 
@@ -36,6 +36,7 @@ class When(Enum):
     UNTIED = "a language-model head with weights of its own"
     TIED = "a language-model head sharing the embedding; its second copy exists only when the pipeline has 2+ stages"
     SCORE = "a scalar reward or value head"
+    POOLER = "a scalar head of two layers with a ReLU between them, as ChatLearn's reward and value models have"
 
 
 class Interleave(Enum):
@@ -51,7 +52,7 @@ class Interleave(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One Hugging Face tensor by name (`{layer}` is the global layer index) and named shape."""
+    """One Hugging Face tensor by name (`{layer}`, `{expert}` are global indices) and named shape."""
 
     name: str
     dims: tuple[Dim, ...]
@@ -59,7 +60,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """One Megatron tensor (`{layer}` is the layer index within its pipeline chunk) and the sources it is made of."""
+    """One Megatron tensor and the sources it is made of.
+
+    `{layer}` in its name is the layer index within the pipeline chunk; `{expert}`, the expert's index within the
+    expert-parallel rank, makes it one tensor an expert.
+    """
 
     megatron: str
     sources: tuple[Source, ...]
@@ -67,6 +72,11 @@ class Rule:
     split: Split = Split.NONE
     interleave: Interleave = Interleave.WHOLE
     when: When = When.ALWAYS
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether there is one such tensor an expert, on the expert-parallel rank that holds the expert."""
+        return "{expert}" in self.megatron
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +94,20 @@ class Family:
     """In the order in which Hugging Face lists the sources."""
     derived: tuple[str, ...] = ()
     """Regular expressions of HF tensors that are computed from the config and need not be copied."""
-    tied_alias: tuple[str, str] | None = None
+    tied_alias: tuple[str, str] | None = ("lm_head.weight", "model.embed_tokens.weight")
     """(alias, original): a copy that some HF checkpoints with tied embeddings still store."""
     required_settings: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """config.json keys whose value, where present, must be one of these; others would need rules not written here."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What transformers takes for keys that config.json does not have, where that differs from Llama."""
+    megatron_args: Mapping[str, object] = field(default_factory=dict)
+    """Megatron's args that differ from a Llama's; they also tell the family where there is no config.json."""
+    experts_keys: tuple[str, ...] = ()
+    """config.json keys of the number of experts, the first for writing; none for dense models."""
+    expert_ffn_key: str = "moe_intermediate_size"
+    """config.json key of an expert's MLP width."""
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the MLP is a mixture of experts."""
+        return bool(self.experts_keys)

@@ -107,8 +107,9 @@ def test_config_is_rebuilt_from_args_alone(make_config: Make, make_hf: MakeHf, t
     [
         ({"vocab_size": None}, "checkpoint args have no 'vocab_size'; put the model's config.json beside it"),
         ({"norm_epsilon": None, "layernorm_epsilon": None}, "have no 'norm_epsilon' or 'layernorm_epsilon'"),
-        ({"add_qkv_bias": True}, "add_qkv_bias=True; only False can be converted yet"),
-        ({"num_experts": 8}, "num_experts=8"),
+        ({"add_bias_linear": True}, "add_bias_linear=True, which fits no known family; known: llama, mistral"),
+        ({"num_experts": 8}, "checkpoint args have no 'moe_router_topk'"),
+        ({"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}, "experts must be cut 1 ways too"),
         ({"rotary_base": "x"}, "'rope_theta' is 'x'"),
         ({"padded_vocab_size": 48}, "padded_vocab_size=48; it must be at least 50"),
         ({"tensor_model_parallel_size": 0}, "tensor_model_parallel_size=0; it must be a positive integer"),
@@ -173,11 +174,11 @@ def test_directory_that_is_incomplete_is_refused(make_config: Make, make_hf: Mak
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("output_layer.weight"), "tensor 'output_layer.weight' is missing on Rank(tp=0, pp=0, vp=0)"),
-        (lambda m: m.update({"x.weight": torch.ones(1)}), "tensor 'x.weight' on Rank(tp=0, pp=0, vp=0) has no rule"),
+        (lambda m: m.pop("output_layer.weight"), "tensor 'output_layer.weight' is missing on rank tp=0, pp=0"),
+        (lambda m: m.update({"x.weight": torch.ones(1)}), "tensor 'x.weight' on rank tp=0, pp=0 has no rule"),
         (
             lambda m: m.update({"decoder.final_layernorm.weight": torch.ones(3)}),
-            "'decoder.final_layernorm.weight' on Rank(tp=0, pp=0, vp=0) has shape (3,); the plan says (32,)",
+            "'decoder.final_layernorm.weight' on rank tp=0, pp=0 has shape (3,); the plan says (32,)",
         ),
     ],
 )
@@ -211,7 +212,7 @@ def test_copies_that_differ_between_ranks_are_refused(
     root = tmp_path / "m"
     to_megatron(load_any(make_hf(make_config(tie_word_embeddings=tied))), root, layout=Layout(tp=2, pp=2))
     _edit(root, lambda state: state["model"][name].add_(1), folder)
-    with pytest.raises(PlanError, match=f"'{name}' on Rank.* should be a copy of .* but differs from it"):
+    with pytest.raises(PlanError, match=f"'{name}' on rank .* should be a copy of .* but differs from it"):
         to_hf(load_any(root), tmp_path / "out")
 
 

@@ -6,10 +6,13 @@ To add a family, write `families/<name>.py` with its `FAMILY` and list it here.
 from collections.abc import Mapping
 
 from align_convert.errors import ConfigError
-from align_convert.families import llama
+from align_convert.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from align_convert.rules import Family
 
-FAMILIES: Mapping[str, Family] = {module.FAMILY.name: module.FAMILY for module in (llama,)}
+_MODULES = (llama, mistral, qwen2, qwen3, mixtral, qwen3_moe)
+
+FAMILIES: Mapping[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+"""By name; where args alone must tell, the first that fits is taken."""
 
 
 def family_of_model_type(model_type: object) -> Family:

@@ -7,16 +7,19 @@ Source: arguments compared and restored by Megatron-LM core_v0.17.0 (check_check
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from align_convert.config import Head, ModelConfig
 from align_convert.dtypes import dtype_name
-from align_convert.errors import ConfigError, FormatError
-from align_convert.layout import Layout
+from align_convert.errors import ConfigError, FormatError, LayoutError
+from align_convert.families import FAMILIES
+from align_convert.layout import Layout, stages
+from align_convert.rules import Family
 
-# Of a Llama model; another value means weights that the family table has no rules for.
-_REQUIRED: Mapping[str, object] = {
+# Of a Llama model; what a family has otherwise is in its `megatron_args`.
+_LLAMA: Mapping[str, object] = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
@@ -25,8 +28,6 @@ _REQUIRED: Mapping[str, object] = {
     "qk_layernorm": False,
     "rotary_interleaved": False,
     "rotary_percent": 1.0,
-    "num_experts": None,
-    "expert_model_parallel_size": 1,
     "apply_layernorm_1p": False,
 }
 
@@ -36,9 +37,10 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 def args_from_config(config: ModelConfig, layout: Layout, *, dtype: torch.dtype, iteration: int) -> Namespace:
     """The args of a checkpoint: plain values and a torch.dtype only, so that they load under weights_only."""
     return Namespace(
+        **{**_LLAMA, **config.table.megatron_args},
         **_model_args(config),
+        **_expert_args(config),
         **_layout_args(config, layout),
-        **_REQUIRED,
         add_position_embedding=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
@@ -80,20 +82,55 @@ def _model_args(config: ModelConfig) -> dict[str, object]:
     }
 
 
+def _expert_args(config: ModelConfig) -> dict[str, object]:
+    """Of a router that takes the softmax over the chosen experts only, which is what these families compute."""
+    if config.num_experts is None:
+        return {"num_experts": None}
+    return {
+        "num_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.expert_ffn_size,
+        "moe_router_topk": config.experts_per_token,
+        "moe_router_pre_softmax": config.hf.get("norm_topk_prob", True) is False,
+        "moe_grouped_gemm": False,
+        "moe_layer_freq": 1,
+    }
+
+
 def _layout_args(config: ModelConfig, layout: Layout) -> dict[str, object]:
     chunk = config.num_layers // (layout.pp * layout.vp)
+    even = layout.chunk_layers is None
     return {
+        **_uneven_args(config.num_layers, layout),
         "vocab_size": config.vocab_size,
         "padded_vocab_size": layout.padded_vocab(config.vocab_size),
         "make_vocab_size_divisible_by": layout.vocab_divisor,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vp if layout.vp > 1 else None,
-        "num_layers_per_virtual_pipeline_stage": chunk if layout.vp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": chunk if layout.vp > 1 and even else None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.tp,
         "context_parallel_size": 1,
-        "data_parallel_size": 1,
-        "world_size": layout.tp * layout.pp,
+        "data_parallel_size": layout.ep,
+        "world_size": layout.tp * layout.pp * layout.ep,
     }
+
+
+def _uneven_args(num_layers: int, layout: Layout) -> dict[str, object]:
+    """How Megatron says that stages differ: by the layers at the two ends, or by a drawing of the whole pipeline."""
+    chunks = layout.chunk_layers
+    if chunks is None:
+        return {}
+    first, last = (sum(chunks[stage :: layout.pp]) for stage in (0, layout.pp - 1))
+    try:
+        by_ends = stages(num_layers, pp=layout.pp, vp=layout.vp, first=first, last=last) == chunks
+    except LayoutError:
+        by_ends = False
+    if by_ends:
+        return {"decoder_first_pipeline_num_layers": first, "decoder_last_pipeline_num_layers": last}
+    drawn = ["t" * count for count in chunks]
+    drawn[0], drawn[-1] = "E" + drawn[0], drawn[-1] + "L"
+    return {"pipeline_model_parallel_layout": "|".join(drawn)}
 
 
 def config_from_args(args: Namespace, *, head: Head, dtype: torch.dtype) -> ModelConfig:
@@ -102,13 +139,10 @@ def config_from_args(args: Namespace, *, head: Head, dtype: torch.dtype) -> Mode
     Raises:
         ConfigError: args describe another kind of model, or lack something; a config.json beside would settle it.
     """
-    for key, wanted in _REQUIRED.items():
-        found = getattr(args, key, wanted)
-        if found != wanted:
-            raise ConfigError(f"checkpoint args say {key}={found!r}; only {wanted!r} can be converted yet")
+    family = _family_from_args(args)
     hf: dict[str, object] = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.lm_architecture],
+        "model_type": family.model_type,
         "vocab_size": _need(args, "vocab_size"),
         "hidden_size": _need(args, "hidden_size"),
         "intermediate_size": _need(args, "ffn_hidden_size"),
@@ -127,7 +161,29 @@ def config_from_args(args: Namespace, *, head: Head, dtype: torch.dtype) -> Mode
         hf["head_dim"] = args.kv_channels
     if getattr(args, "use_rope_scaling", False):
         hf["rope_scaling"] = {"rope_type": "llama3", "factor": float(_need_number(args)), **_LLAMA3_ROPE}
+    if family.has_experts:
+        hf[family.experts_keys[0]] = _need(args, "num_experts")
+        hf[family.expert_ffn_key] = _need(args, "moe_ffn_hidden_size", "ffn_hidden_size")
+        hf["num_experts_per_tok"] = _need(args, "moe_router_topk")
+        hf["norm_topk_prob"] = not getattr(args, "moe_router_pre_softmax", False)
     return ModelConfig.from_hf(hf).with_head(head)
+
+
+def _family_from_args(args: Namespace) -> Family:
+    """The first family that these args fit; an absent one fits."""
+    has_experts = getattr(args, "num_experts", None) is not None
+    problems = []
+    for family in FAMILIES.values():
+        wanted = {**_LLAMA, **family.megatron_args}
+        found = {key: getattr(args, key, value) for key, value in wanted.items()}
+        odd = [f"{key}={found[key]!r}" for key, value in wanted.items() if found[key] != value]
+        if not odd and family.has_experts == has_experts:
+            return family
+        problems.append(odd)
+    nearest: list[str] = min((odd for odd in problems if odd), key=len)
+    text = ", ".join(nearest)
+    known = ", ".join(sorted(FAMILIES))
+    raise ConfigError(f"checkpoint args say {text}, which fits no known family; known: {known}")
 
 
 def layout_from_args(args: Namespace, *, vocab_size: int) -> Layout:
@@ -141,14 +197,18 @@ def layout_from_args(args: Namespace, *, vocab_size: int) -> Layout:
     vp = 1 if virtual is None else _count(args, "virtual_pipeline_model_parallel_size")
     padded = getattr(args, "padded_vocab_size", None)
     divisor = getattr(args, "make_vocab_size_divisible_by", None) or 128
-    layout = Layout(tp=tp, pp=pp, vp=vp, vocab_divisor=divisor)
+    ep = 1 if getattr(args, "expert_model_parallel_size", None) is None else _count(args, "expert_model_parallel_size")
+    cut = getattr(args, "expert_tensor_parallel_size", None)
+    if ep > 1 and cut not in (None, tp):
+        raise FormatError(f"checkpoint args say expert_tensor_parallel_size={cut!r}; experts must be cut {tp} ways too")
+    layout = Layout(tp=tp, pp=pp, vp=vp, ep=ep, vocab_divisor=divisor)
     if padded is None or layout.padded_vocab(vocab_size) == padded:
         return layout
     if not isinstance(padded, int) or padded < vocab_size or padded % tp:
         raise FormatError(
             f"checkpoint args say padded_vocab_size={padded!r}; it must be at least {vocab_size} and divisible by {tp}"
         )
-    return Layout(tp=tp, pp=pp, vp=vp, vocab_divisor=padded // tp)
+    return replace(layout, vocab_divisor=padded // tp)
 
 
 def check_args_match(args: Namespace, config: ModelConfig) -> None:

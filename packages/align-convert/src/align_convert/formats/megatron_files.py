@@ -1,7 +1,7 @@
 """Names of files and folders in a Megatron directory of the `torch` format, and of what is inside them.
 
     root/latest_checkpointed_iteration.txt           "1" or "release"
-    root/iter_0000001/mp_rank_00[_000]/model_optim_rng.pt
+    root/iter_0000001/mp_rank_00[_000][_000]/model_optim_rng.pt     tensor, pipeline, expert
     root/config.json, tokenizer files ...            ours: what is needed to know the model again
 
 Knows nothing about tensors' contents.
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from align_convert.atomic import TRACKER
 from align_convert.errors import FormatError
-from align_convert.layout import Layout
+from align_convert.layout import Layout, Rank
 
 RANK_FILE = "model_optim_rng.pt"
-_RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_RANK_FOLDER = re.compile(r"mp_rank_\d{2,}(?:_\d{3,}){0,2}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +33,13 @@ def iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def rank_file(folder: Path, layout: Layout, *, tp: int, pp: int) -> Path:
-    """The file of one (tensor, pipeline) rank; the pipeline rank is named only where there are several."""
-    name = f"mp_rank_{tp:02d}" if layout.pp == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+def rank_file(folder: Path, layout: Layout, rank: Rank) -> Path:
+    """The file of one rank; its pipeline and expert numbers are in the name only where there are several."""
+    name = f"mp_rank_{rank.tp:02d}"
+    if layout.pp > 1:
+        name += f"_{rank.pp:03d}"
+    if layout.ep > 1:
+        name += f"_{rank.ep:03d}"
     return folder / name / RANK_FILE
 
 
@@ -74,11 +78,10 @@ def locate(path: Path) -> Location:
     return Location(root=path, folder=folder, iteration=iteration)
 
 
-def rank_folders(folder: Path) -> dict[str, tuple[int, int]]:
-    """Folder name -> (tp, pp) of the rank folders there, sorted."""
-    found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _RANK_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            found[path.name] = (int(match.group(1)), int(match.group(2) or 0))
-    return found
+def rank_folders(folder: Path) -> list[str]:
+    """Names of the rank folders there, sorted: the first is that of rank 0 in everything.
+
+    What a second number means, pipeline or expert, only the args inside can tell.
+    """
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path.name for path in paths if _RANK_FOLDER.fullmatch(path.name) and path.is_dir()]

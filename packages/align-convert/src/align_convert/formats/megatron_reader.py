@@ -3,9 +3,10 @@
 Files are mapped, not read, and only when a tensor in them is asked for; nothing in them is executed.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from align_convert.fill import slices
 from align_convert.formats.megatron_args import check_args_match, config_from_args, layout_from_args
 from align_convert.formats.megatron_files import Location, locate, model_keys, rank_file, rank_folders
 from align_convert.formats.pickles import load_pickle
-from align_convert.layout import Rank
+from align_convert.layout import Layout, Rank
 from align_convert.plan import Index, Piece, Shard, rank_plan
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 # Transformer Engine fuses the norms into the following linear layer; same tensors, other names.
 _TRANSFORMER_ENGINE_NAMES = {
@@ -48,7 +51,7 @@ class MegatronReader:
         self.directory = Path(directory)
         self.location: Location = locate(self.directory)
         self.root = self.location.root
-        self._files: dict[tuple[int, int], dict[str, object]] = {}
+        self._files: dict[Rank, dict[str, object]] = {}
         self._chunks: dict[Rank, dict[str, torch.Tensor]] = {}
         args = self._first_args()
         described = (self.root / "config.json").is_file()
@@ -56,12 +59,14 @@ class MegatronReader:
             self.config = ModelConfig.from_hf(self.root)
             check_args_match(args, self.config)
             self.layout = layout_from_args(args, vocab_size=self.config.vocab_size)
+            self._check_folders()
+            self.layout = self._with_chunks(self.layout)
         else:
             # The head is known from the last stage's tensors, the layout from args; the vocabulary only pads.
             self.layout = layout_from_args(args, vocab_size=1)
+            self._check_folders()
             self.config = config_from_args(args, head=self._find_head(), dtype=self._find_dtype())
-            self.layout = layout_from_args(args, vocab_size=self.config.vocab_size)
-        self._check_folders()
+            self.layout = self._with_chunks(layout_from_args(args, vocab_size=self.config.vocab_size))
         self.layout.check(self.config)
         self._shapes = self.config.tensors()
         self._index = self._build_index()
@@ -125,10 +130,10 @@ class MegatronReader:
         return self._chunks[rank]
 
     def _open_chunk(self, rank: Rank) -> dict[str, torch.Tensor]:
-        file = self._file(rank.tp, rank.pp)
+        file = self._file(replace(rank, vp=0))
         key = model_keys(self.layout)[rank.vp]
         model = file.get(key)
-        path = str(rank_file(self.location.folder, self.layout, tp=rank.tp, pp=rank.pp))
+        path = str(rank_file(self.location.folder, self.layout, rank))
         if not isinstance(model, Mapping):
             raise FormatError(f"{path!r} has no {key!r}; it holds {', '.join(sorted(map(repr, file)))}")
         if "language_model" in model:
@@ -143,17 +148,23 @@ class MegatronReader:
             raise PlanError(f"tensor {shard_name!r} is missing on {rank} of {str(self.directory)!r}")
         return tensors[shard_name]
 
-    def _file(self, tp: int, pp: int) -> dict[str, object]:
-        if (tp, pp) not in self._files:
-            self._files[tp, pp] = load_pickle(rank_file(self.location.folder, self.layout, tp=tp, pp=pp))
-        return self._files[tp, pp]
+    def _file(self, rank: Rank) -> dict[str, object]:
+        if rank not in self._files:
+            self._files[rank] = load_pickle(rank_file(self.location.folder, self.layout, rank))
+        return self._files[rank]
+
+    def _with_chunks(self, layout: Layout) -> Layout:
+        """The layout with the layers of each chunk counted where they lie, if they are not the same everywhere."""
+        counts = []
+        for vp in range(layout.vp):
+            for pp in range(layout.pp):
+                names = self._chunk(Rank(pp=pp, vp=vp))
+                counts.append(len({match[1] for name in names if (match := _LAYER.match(name))}))
+        return layout if len(set(counts)) == 1 else replace(layout, chunk_layers=tuple(counts))
 
     def _first_args(self) -> Namespace:
         """The args of the first rank's file, whose folder name does not yet need the layout."""
-        folders = rank_folders(self.location.folder)
-        first = next((name for name, rank in folders.items() if rank == (0, 0)), None)
-        if first is None:
-            raise FormatError(f"{str(self.location.folder)!r} has no folder of rank (0, 0), only {', '.join(folders)}")
+        first = rank_folders(self.location.folder)[0]
         loaded = load_pickle(self.location.folder / first / "model_optim_rng.pt")
         args = loaded.get("args")
         if not isinstance(args, Namespace):
@@ -163,14 +174,14 @@ class MegatronReader:
     def _check_folders(self) -> None:
         """The rank folders must be exactly those of the layout in args."""
         found = set(rank_folders(self.location.folder))
-        pairs = [(tp, pp) for pp in range(self.layout.pp) for tp in range(self.layout.tp)]
-        wanted = {rank_file(self.location.folder, self.layout, tp=tp, pp=pp).parent.name for tp, pp in pairs}
-        odd = sorted(found ^ wanted)
+        wanted = {rank_file(self.location.folder, self.layout, rank).parent.name for rank in self.layout.files()}
+        odd = [*sorted(wanted - found), *sorted(found - wanted)]
         if odd:
             what = "is missing" if odd[0] in wanted else "is unexpected"
             raise FormatError(
                 f"{str(self.location.folder / odd[0])!r} {what}: "
-                f"args say tensor parallel {self.layout.tp} x pipeline parallel {self.layout.pp}"
+                f"args say tensor parallel {self.layout.tp} x pipeline parallel {self.layout.pp} "
+                f"x expert parallel {self.layout.ep}"
             )
 
     def _find_head(self) -> Head:

@@ -6,6 +6,7 @@ one of them calls `finish_megatron`, whose tracker file makes the checkpoint vis
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def write_megatron_rank(
     dtype: torch.dtype,
     iteration: int = 1,
 ) -> Path:
-    """Write the file of one (tensor, pipeline) rank.
+    """Write the file of one (tensor, pipeline, expert) rank.
 
     Args:
         directory: the checkpoint's root; other ranks may be writing there at the same time.
@@ -55,9 +56,9 @@ def write_megatron_rank(
         "num_floating_point_operations_so_far": 0,
     }
     for chunk, (key, tensors) in enumerate(zip(model_keys(layout), chunks, strict=True)):
-        where = Rank(tp=rank.tp, pp=rank.pp, vp=chunk)
+        where = replace(rank, vp=chunk)
         state[key] = _model_state(tensors, config=config, layout=layout, rank=where, dtype=dtype)
-    path = rank_file(iteration_folder(Path(directory), iteration), layout, tp=rank.tp, pp=rank.pp)
+    path = rank_file(iteration_folder(Path(directory), iteration), layout, rank)
     with new_file(path) as file:
         torch.save(state, file)
     return path
@@ -79,11 +80,10 @@ def finish_megatron(
     """
     root = Path(directory)
     folder = iteration_folder(root, iteration)
-    for pp in range(layout.pp):
-        for tp in range(layout.tp):
-            file = rank_file(folder, layout, tp=tp, pp=pp)
-            if not file.is_file():
-                raise FormatError(f"{str(file)!r} is missing; every rank writes its file before finish_megatron")
+    for rank in layout.files():
+        file = rank_file(folder, layout, rank)
+        if not file.is_file():
+            raise FormatError(f"{str(file)!r} is missing; every rank writes its file before finish_megatron")
     write_description(root, config, dtype=dtype, carry_from=None if carry_from is None else Path(carry_from))
     with new_file(root / TRACKER) as tracker:
         tracker.write(str(iteration).encode("ascii"))
@@ -98,7 +98,7 @@ def _model_state(
     odd = sorted(given ^ set(plan))
     if odd:
         side = "has no place in" if odd[0] in given else "is missing for"
-        raise PlanError(f"tensor {odd[0]!r} {side} the plan of rank {rank} ({len(odd)} such)")
+        raise PlanError(f"tensor {odd[0]!r} {side} the plan of {rank} ({len(odd)} such)")
     state: OrderedDict[str, torch.Tensor | None] = OrderedDict()
     for name, shape in plan.items():
         if tuple(tensors[name].shape) != shape:
