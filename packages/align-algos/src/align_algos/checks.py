@@ -9,6 +9,7 @@ Legend: B sequences, N flat tokens.
 import itertools
 import math
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,6 +81,28 @@ def check_number(name: str, value: float, *, low: float = -math.inf, high: float
     """A number is finite and within [low, high]."""
     if not math.isfinite(value) or not low <= value <= high:
         raise InputError(f"{name} is {value}; expected a finite number in [{low:g}, {high:g}]")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """A word is one of the choices."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; choose one of {sorted(choices)}")
+
+
+def check_flags(name: str, flags_B: Tensor, length: int) -> None:
+    """The flags are [B] and bool."""
+    if flags_B.dim() != 1 or flags_B.shape[0] != length:
+        raise InputError(f"{name} has shape {list(flags_B.shape)}; expected [{length}], one per sequence")
+    if flags_B.dtype != torch.bool:
+        raise InputError(f"{name} has dtype {flags_B.dtype}; expected torch.bool")
+
+
+def check_integers(name: str, x: Tensor, length: int) -> None:
+    """The column is [length] and integer."""
+    if x.dim() != 1 or x.shape[0] != length:
+        raise InputError(f"{name} has shape {list(x.shape)}; expected [{length}]")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise InputError(f"{name} has dtype {x.dtype}; expected an integer dtype")
 
 
 def _check_finite(columns: dict[str, Tensor]) -> None:

@@ -7,11 +7,11 @@ Legend: N flat tokens.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_number
+from align_algos.checks import check_choice, check_columns, check_number
 from align_algos.errors import InputError
 from align_algos.ratios import exp_ratio
 from align_algos.reductions import working_precision
@@ -34,6 +34,19 @@ def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
     """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`."""
     log_ratio_N = _log_ratio(logprobs_N, reference_logprobs_N)
     return exp_ratio(-log_ratio_N) - 1.0 + log_ratio_N
+
+
+Estimator = Literal["k1", "k2", "k3"]
+ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
+LossEstimator = Literal["k2", "k3"]
+# Those whose gradient points somewhere: the mean of k1's over samples of the policy is 0.
+LOSS_ESTIMATORS: tuple[LossEstimator, ...] = ("k2", "k3")
+
+
+def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, *, estimator: Estimator) -> Tensor:
+    """The estimate of that name."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    return {"k1": k1, "k2": k2, "k3": k3}[estimator](logprobs_N, reference_logprobs_N)
 
 
 class KlController(Protocol):

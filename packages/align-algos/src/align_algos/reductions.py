@@ -9,10 +9,16 @@ Values outside the mask reach neither the result nor the gradient, however large
 Legend: B sequences, N flat tokens; sequence b is the tokens offsets[b] to offsets[b+1].
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_count, check_mask, check_number, check_offsets
+from align_algos.checks import check_choice, check_columns, check_count, check_mask, check_number, check_offsets
+from align_algos.errors import InputError
+
+Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("token_mean", "sequence_mean", "sequence_sum")
 
 
 def working_precision(x: Tensor) -> Tensor:
@@ -92,3 +98,32 @@ def sequence_sum(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences:
     check_number("length", length, low=1.0)
     divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, x_N.shape[0]))
     return masked(x_N, mask_N).sum() / (divisor * length)
+
+
+def reduce_tokens(
+    x_N: Tensor,
+    mask_N: Tensor,
+    *,
+    reduction: Reduction,
+    num_tokens: int,
+    offsets: Tensor | None = None,
+    num_sequences: int | None = None,
+    length: float = 1.0,
+) -> Tensor:
+    """The reduction of that name, for losses that leave the choice to the caller.
+
+    Args:
+        reduction: "token_mean", "sequence_mean" (mean over each sequence's tokens, then over sequences) or
+            "sequence_sum" (sum over each sequence's tokens / `length`, then mean over sequences).
+        offsets, num_sequences: needed by the two reductions over sequences.
+        length: of `sequence_sum`.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "token_mean":
+        return token_mean(x_N, mask_N, num_tokens=num_tokens)
+    if offsets is None or num_sequences is None:
+        missing = "offsets" if offsets is None else "num_sequences"
+        raise InputError(f"{missing} is None, but reduction {reduction!r} needs it; only 'token_mean' does without")
+    if reduction == "sequence_mean":
+        return sequence_mean(x_N, mask_N, offsets, num_sequences=num_sequences)
+    return sequence_sum(x_N, mask_N, offsets, num_sequences=num_sequences, length=length)

@@ -2,17 +2,17 @@
 
 Knows nothing about groups: they are in the advantages (`align_algos.advantages.group_normalised`).
 
-Legend: N flat tokens.
+Legend: B sequences, N flat tokens.
 """
 
 from torch import Tensor
 
-from align_algos.checks import check_number
+from align_algos.checks import check_choice, check_number
 from align_algos.errors import InputError
-from align_algos.kl import k3
+from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, kl_estimate
 from align_algos.losses.output import LossOutput
 from align_algos.losses.ppo_policy import ppo_policy_loss
-from align_algos.reductions import token_mean
+from align_algos.reductions import Reduction, reduce_tokens
 
 
 def grpo_loss(
@@ -24,23 +24,28 @@ def grpo_loss(
     num_tokens: int,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
     reference_logprobs_N: Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_estimator: LossEstimator = "k3",
+    weights_N: Tensor | None = None,
+    reduction: Reduction = "token_mean",
+    offsets: Tensor | None = None,
+    num_sequences: int | None = None,
+    length: float = 1.0,
 ) -> LossOutput:
-    """Clipped surrogate plus `kl_coef` times the k3 estimate of KL(pi || reference), over `num_tokens`.
+    """Clipped surrogate plus `kl_coef` times an estimate of KL(pi || reference), by default over `num_tokens`.
 
     Args:
-        logprobs_N: floating [N], log pi(token) under the trained policy, nats.
-        old_logprobs_N: floating [N], the same under the policy that sampled, recomputed by the trainer; a constant.
         advantages_N: floating [N], the sequence's advantage on each of its tokens; a constant.
-        mask_N: bool [N], True where the policy sampled the token.
-        num_tokens: tokens inside the mask in the *global* batch.
-        clip_low: how far below 1 the ratio counts, in [0, 1].
-        clip_high: how far above 1 the ratio counts.
         reference_logprobs_N: floating [N], log ref(token) of the frozen reference; a constant. None: no KL term.
         kl_coef: weight of the KL term, per nat.
+        kl_estimator: "k3" as in the paper, or "k2", whose gradient is that of the KL itself on policy.
+        reduction, offsets, num_sequences, length: as in `reductions.reduce_tokens`, for both terms. "sequence_mean" is
+            the paper's.
+        Others: as in `ppo_policy_loss`.
     Returns:
-        the metrics of `ppo_policy_loss`, and `kl` (k3 to the reference) where a reference is given.
+        the metrics of `ppo_policy_loss`, and `kl` (the estimate, reduced as the loss) where a reference is given.
     Raises:
         InputError: a value that is not finite, a wrong shape, a count smaller than this micro-batch's own, or a
             `kl_coef` without a reference.
@@ -48,6 +53,7 @@ def grpo_loss(
         Yu et al. 2025, arXiv:2503.14476, eq. 8.
     """
     check_number("kl_coef", kl_coef, low=0.0)
+    check_choice("kl_estimator", kl_estimator, LOSS_ESTIMATORS)
     if reference_logprobs_N is None and kl_coef > 0:
         raise InputError(f"kl_coef is {kl_coef} but reference_logprobs_N is None; give the reference or kl_coef=0")
     loss, metrics = ppo_policy_loss(
@@ -58,8 +64,22 @@ def grpo_loss(
         num_tokens=num_tokens,
         clip_low=clip_low,
         clip_high=clip_high,
+        dual_clip=dual_clip,
+        weights_N=weights_N,
+        reduction=reduction,
+        offsets=offsets,
+        num_sequences=num_sequences,
+        length=length,
     )
     if reference_logprobs_N is None:
         return LossOutput(loss, metrics)
-    kl = token_mean(k3(logprobs_N, reference_logprobs_N.detach()), mask_N, num_tokens=num_tokens)
+    kl = reduce_tokens(
+        kl_estimate(logprobs_N, reference_logprobs_N.detach(), estimator=kl_estimator),
+        mask_N,
+        reduction=reduction,
+        num_tokens=num_tokens,
+        offsets=offsets,
+        num_sequences=num_sequences,
+        length=length,
+    )
     return LossOutput(loss + kl_coef * kl, {**metrics, "kl": kl.detach()})

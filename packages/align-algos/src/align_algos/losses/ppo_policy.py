@@ -1,11 +1,14 @@
-"""Policy loss of PPO: the clipped surrogate. See PAPERS.md#ppo-policy. Legend: N flat tokens."""
+"""Policy loss of PPO: the clipped surrogate, optionally dual-clipped. See PAPERS.md#ppo-policy.
+
+Legend: B sequences, N flat tokens.
+"""
 
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_count, check_mask, check_number
 from align_algos.losses.output import LossOutput
+from align_algos.losses.policy_terms import clipped_surrogate, policy_metrics, policy_terms, weighted
 from align_algos.ratios import exp_ratio
-from align_algos.reductions import masked
+from align_algos.reductions import Reduction, reduce_tokens
 
 
 def ppo_policy_loss(
@@ -17,8 +20,14 @@ def ppo_policy_loss(
     num_tokens: int,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None = None,
+    weights_N: Tensor | None = None,
+    reduction: Reduction = "token_mean",
+    offsets: Tensor | None = None,
+    num_sequences: int | None = None,
+    length: float = 1.0,
 ) -> LossOutput:
-    """Clipped surrogate objective of PPO, summed over the mask and divided by `num_tokens`.
+    """Clipped surrogate objective of PPO, by default summed over the mask and divided by `num_tokens`.
 
     r = exp(logprobs - old_logprobs);  loss = sum max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) / num_tokens
 
@@ -30,34 +39,27 @@ def ppo_policy_loss(
         num_tokens: tokens inside the mask in the *global* batch.
         clip_low: how far below 1 the ratio counts, in [0, 1].
         clip_high: how far above 1 the ratio counts.
+        dual_clip: for A < 0 the loss is at most -A dual_clip; above 1 + clip_high (3 in the paper). None: no bound.
+        weights_N: floating [N], from `correction`: multiplies each token's loss; a constant. None: all 1.
+        reduction, offsets, num_sequences, length: as in `reductions.reduce_tokens`.
     Returns:
         metrics `policy_loss`; `clip_fraction`: share of tokens where clipping removed the gradient; `entropy`: -log pi
         of the sampled tokens, an estimate; `approx_kl`: k3 estimate of KL(old || pi).
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2019, arXiv:1912.09729, eq. 5.
     """
-    check_columns(
-        "token",
-        check_mask(mask_N),
-        logprobs_N=logprobs_N,
-        old_logprobs_N=old_logprobs_N,
-        advantages_N=advantages_N,
+    terms = policy_terms(logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens=num_tokens, weights_N=weights_N)
+    loss_N, removed_N = clipped_surrogate(
+        exp_ratio(terms.log_ratio_N), terms.advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
     )
-    check_number("clip_low", clip_low, low=0.0, high=1.0)
-    check_number("clip_high", clip_high, low=0.0)
-    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
-    logprobs_N = masked(logprobs_N, mask_N)
-    log_ratio_N = logprobs_N - masked(old_logprobs_N, mask_N).detach()
-    advantages_N = masked(advantages_N, mask_N).detach()
-    ratio_N = exp_ratio(log_ratio_N)
-    plain_N = -advantages_N * ratio_N
-    clipped_N = -advantages_N * ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss = plain_N.maximum(clipped_N).sum() / divisor
-    metrics = {
-        "policy_loss": loss.detach(),
-        "clip_fraction": (clipped_N > plain_N).sum() / divisor,
-        "entropy": -logprobs_N.detach().sum() / divisor,
-        "approx_kl": (ratio_N - 1.0 - log_ratio_N).detach().sum() / divisor,
-    }
-    return LossOutput(loss, metrics)
+    loss = reduce_tokens(
+        weighted(loss_N, terms),
+        mask_N,
+        reduction=reduction,
+        num_tokens=num_tokens,
+        offsets=offsets,
+        num_sequences=num_sequences,
+        length=length,
+    )
+    return LossOutput(loss, policy_metrics(loss, terms, removed_N))

@@ -8,13 +8,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align_algos.errors import InputError
+from align_algos.losses.cispo import cispo_loss
+from align_algos.losses.dapo import dapo_loss
 from align_algos.losses.dpo import dpo_loss
+from align_algos.losses.dr_grpo import dr_grpo_loss
+from align_algos.losses.entropy import entropy_loss
 from align_algos.losses.grpo import grpo_loss
+from align_algos.losses.hinge import hinge_loss
+from align_algos.losses.ipo import ipo_loss
+from align_algos.losses.kl_penalty import kl_loss
+from align_algos.losses.kto import kto_loss
+from align_algos.losses.online_dpo import online_dpo_loss
+from align_algos.losses.orpo import orpo_loss
 from align_algos.losses.output import LossOutput
 from align_algos.losses.ppo_policy import ppo_policy_loss
+from align_algos.losses.reinforce_pp import reinforce_pp_loss
 from align_algos.losses.reward import reward_loss
+from align_algos.losses.robust_dpo import robust_dpo_loss
+from align_algos.losses.sequence_policy import gspo_loss, rloo_loss
 from align_algos.losses.sft import sft_loss
+from align_algos.losses.sft_mixing import sft_mixing_loss
+from align_algos.losses.simpo import simpo_loss
 from align_algos.losses.value import value_loss
+
+Count = Literal["num_tokens", "num_pairs", "num_sequences"]
+Unit = Literal["token", "sequence", "pair", "group"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,20 +41,40 @@ class Loss:
 
     function: Callable[..., LossOutput]
     """Tensors first, then keyword-only numbers."""
-    count: Literal["num_tokens", "num_pairs", "num_sequences"]
-    """The keyword that takes the global count, computed before the batch is cut."""
-    unit: Literal["token", "sequence", "pair", "group"]
+    counts: tuple[Count, ...]
+    """The keywords that take global counts, computed before the batch is cut."""
+    unit: Unit
     """The smallest piece that must stay whole in a micro-batch: a token, a sequence, two sequences that follow each
-    other, or all sequences of a group."""
+    other, or all sequences of a group. With its default reduction; one over sequences needs whole sequences."""
 
+
+_TOKENS: tuple[Count, ...] = ("num_tokens",)
+_PAIRS: tuple[Count, ...] = ("num_pairs",)
+_BOTH: tuple[Count, ...] = ("num_tokens", "num_sequences")
 
 _LOSSES: dict[str, Loss] = {
-    "dpo": Loss(function=dpo_loss, count="num_pairs", unit="pair"),
-    "grpo": Loss(function=grpo_loss, count="num_tokens", unit="token"),
-    "ppo_policy": Loss(function=ppo_policy_loss, count="num_tokens", unit="token"),
-    "reward": Loss(function=reward_loss, count="num_pairs", unit="group"),
-    "sft": Loss(function=sft_loss, count="num_tokens", unit="token"),
-    "value": Loss(function=value_loss, count="num_tokens", unit="token"),
+    "cispo": Loss(function=cispo_loss, counts=_TOKENS, unit="token"),
+    "dapo": Loss(function=dapo_loss, counts=_TOKENS, unit="token"),
+    "dpo": Loss(function=dpo_loss, counts=_PAIRS, unit="pair"),
+    "dr_grpo": Loss(function=dr_grpo_loss, counts=_BOTH, unit="sequence"),
+    "entropy": Loss(function=entropy_loss, counts=_TOKENS, unit="token"),
+    "grpo": Loss(function=grpo_loss, counts=_TOKENS, unit="token"),
+    "gspo": Loss(function=gspo_loss, counts=_BOTH, unit="sequence"),
+    "hinge": Loss(function=hinge_loss, counts=_PAIRS, unit="pair"),
+    "ipo": Loss(function=ipo_loss, counts=_PAIRS, unit="pair"),
+    "kl": Loss(function=kl_loss, counts=_TOKENS, unit="token"),
+    "kto": Loss(function=kto_loss, counts=("num_sequences",), unit="sequence"),
+    "online_dpo": Loss(function=online_dpo_loss, counts=_PAIRS, unit="group"),
+    "orpo": Loss(function=orpo_loss, counts=_PAIRS, unit="pair"),
+    "ppo_policy": Loss(function=ppo_policy_loss, counts=_TOKENS, unit="token"),
+    "reinforce_pp": Loss(function=reinforce_pp_loss, counts=_TOKENS, unit="token"),
+    "reward": Loss(function=reward_loss, counts=_PAIRS, unit="group"),
+    "rloo": Loss(function=rloo_loss, counts=_BOTH, unit="sequence"),
+    "robust_dpo": Loss(function=robust_dpo_loss, counts=_PAIRS, unit="pair"),
+    "sft": Loss(function=sft_loss, counts=_TOKENS, unit="token"),
+    "sft_mixing": Loss(function=sft_mixing_loss, counts=_TOKENS, unit="token"),
+    "simpo": Loss(function=simpo_loss, counts=_PAIRS, unit="pair"),
+    "value": Loss(function=value_loss, counts=_TOKENS, unit="token"),
 }
 
 

@@ -7,29 +7,43 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from align_algos.checks import check_columns, check_count, check_groups
+from align_algos.checks import check_columns, check_count, check_groups, check_number
 from align_algos.losses.output import LossOutput
 from align_algos.reductions import working_precision
 
 
-def reward_loss(scores_B: Tensor, labels_B: Tensor, group_B: Tensor, *, num_pairs: int) -> LossOutput:
+def reward_loss(
+    scores_B: Tensor,
+    labels_B: Tensor,
+    group_B: Tensor,
+    *,
+    num_pairs: int,
+    margin_scale: float = 0.0,
+    centre_coef: float = 0.0,
+) -> LossOutput:
     """Negative log-likelihood of the preferences among the responses of each group, divided by `num_pairs`.
 
-    loss = - sum logsigmoid(scores_i - scores_j) / num_pairs, over (i, j) of one group with labels_i > labels_j
+    x = scores_i - scores_j - margin_scale (labels_i - labels_j), over (i, j) of one group with labels_i > labels_j
+    loss = sum (- logsigmoid(x) + centre_coef (scores_i + scores_j)^2) / num_pairs
 
     Every pair counts the same, so a prompt with more responses weighs more. Equal labels make no pair.
 
     Args:
         scores_B: floating [B], the model's score of each response.
-        labels_B: [B], the annotated quality; only the order within a group matters, fractions are fine.
+        labels_B: [B], the annotated quality; fractions are fine. Without a margin only their order in a group matters.
         group_B: integer [B], the prompt of each response. All responses of a prompt belong in one micro-batch.
         num_pairs: ordered pairs in the global batch, from `count_pairs`.
+        margin_scale: how much score a difference of one label should make at least; 0 for none.
+        centre_coef: pulls the scores of a pair to sum 0, which the likelihood leaves open.
     Returns:
         metrics `accuracy`: share of pairs ranked correctly (an equal score is wrong); `margin`: mean score difference.
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
+        Margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
     """
+    check_number("margin_scale", margin_scale, low=0.0)
+    check_number("centre_coef", centre_coef, low=0.0)
     check_columns("sequence", scores_B.numel(), scores_B=scores_B)
     _check_labels(labels_B, group_B, scores_B.numel())
     same_BB = group_B[:, None] == group_B[None, :]
@@ -38,7 +52,9 @@ def reward_loss(scores_B: Tensor, labels_B: Tensor, group_B: Tensor, *, num_pair
     scores_B = working_precision(scores_B)
     margins = scores_B[better] - scores_B[worse]
     metrics = {"accuracy": (margins > 0).sum() / divisor, "margin": margins.detach().sum() / divisor}
-    return LossOutput(-logsigmoid(margins).sum() / divisor, metrics)
+    wanted = margin_scale * (labels_B[better] - labels_B[worse]).to(scores_B.dtype)
+    centre = centre_coef * (scores_B[better] + scores_B[worse]).square()
+    return LossOutput((centre - logsigmoid(margins - wanted)).sum() / divisor, metrics)
 
 
 def count_pairs(labels_B: Tensor, group_B: Tensor) -> int:

@@ -1,0 +1,41 @@
+"""KL to a reference as a loss of its own, from sampled tokens. See PAPERS.md#kl. Legend: N flat tokens."""
+
+from torch import Tensor
+
+from align_algos.checks import check_choice, check_mask, check_number
+from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, kl_estimate
+from align_algos.losses.output import LossOutput
+from align_algos.reductions import token_mean
+
+
+def kl_loss(
+    logprobs_N: Tensor,
+    reference_logprobs_N: Tensor,
+    mask_N: Tensor,
+    *,
+    num_tokens: int,
+    coef: float,
+    estimator: LossEstimator = "k3",
+) -> LossOutput:
+    """`coef` times the estimate of KL(pi || reference), summed over the mask and divided by `num_tokens`.
+
+    For the KL over the whole vocabulary put `vocab_kl.token_kl` through `reductions.token_mean`.
+
+    Args:
+        logprobs_N: floating [N], log pi(token) under the trained policy, nats.
+        reference_logprobs_N: floating [N], the same under the frozen reference; a constant.
+        mask_N: bool [N], True where the policy sampled the token.
+        num_tokens: tokens inside the mask in the global batch.
+        coef: weight, per nat.
+        estimator: "k3" or "k2". Not "k1": its gradient is that of log pi, of which the mean over samples is 0.
+    Returns:
+        metrics `kl`: mean of the estimate, nats.
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
+    """
+    check_mask(mask_N)
+    check_choice("estimator", estimator, LOSS_ESTIMATORS)
+    check_number("coef", coef, low=0.0)
+    kl_N = kl_estimate(logprobs_N, reference_logprobs_N.detach(), estimator=estimator)
+    kl = token_mean(kl_N, mask_N, num_tokens=num_tokens)
+    return LossOutput(coef * kl, {"kl": kl.detach()})

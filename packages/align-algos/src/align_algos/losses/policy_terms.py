@@ -1,0 +1,95 @@
+"""What the policy-gradient losses share: checked columns, the clipped surrogate, their metrics.
+
+Knows nothing about how tokens are summed. Legend: N flat tokens; a ratio may be per token [N] or per sequence [B].
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from align_algos.checks import check_columns, check_count, check_mask, check_number
+from align_algos.errors import InputError
+from align_algos.ratios import exp_ratio
+from align_algos.reductions import masked
+
+
+class PolicyTerms(NamedTuple):
+    """Columns in working precision, 0 outside the mask; all but the first two are constants."""
+
+    logprobs_N: Tensor
+    log_ratio_N: Tensor
+    advantages_N: Tensor
+    weights_N: Tensor | None
+    divisor: int
+
+
+def policy_terms(
+    logprobs_N: Tensor,
+    old_logprobs_N: Tensor,
+    advantages_N: Tensor,
+    mask_N: Tensor,
+    *,
+    num_tokens: int,
+    weights_N: Tensor | None = None,
+) -> PolicyTerms:
+    """Check the columns of a policy loss and take what is inside the mask.
+
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
+    """
+    optional = {} if weights_N is None else {"weights_N": weights_N}
+    check_columns(
+        "token",
+        check_mask(mask_N),
+        logprobs_N=logprobs_N,
+        old_logprobs_N=old_logprobs_N,
+        advantages_N=advantages_N,
+        **optional,
+    )
+    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
+    logprobs_N = masked(logprobs_N, mask_N)
+    return PolicyTerms(
+        logprobs_N,
+        logprobs_N - masked(old_logprobs_N, mask_N).detach(),
+        masked(advantages_N, mask_N).detach(),
+        None if weights_N is None else masked(weights_N, mask_N).detach(),
+        divisor,
+    )
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and where clipping removed the gradient.
+
+    With `dual_clip` c the result for A < 0 is at most -A c, so that one token of huge ratio cannot dominate.
+    """
+    check_number("clip_low", clip_low, low=0.0, high=1.0)
+    check_number("clip_high", clip_high, low=0.0)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    loss, removed = plain.maximum(clipped), clipped > plain
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip)
+        if dual_clip <= 1.0 + clip_high:
+            raise InputError(f"dual_clip is {dual_clip}; expected more than 1 + clip_high = {1.0 + clip_high:g}")
+        highest = -advantages * dual_clip
+        beyond = (advantages < 0) & (loss > highest)
+        loss, removed = highest.where(beyond, loss), removed | beyond
+    return loss, removed
+
+
+def weighted(loss_N: Tensor, terms: PolicyTerms) -> Tensor:
+    """Each token's loss times its correction weight, where there are any."""
+    return loss_N if terms.weights_N is None else loss_N * terms.weights_N
+
+
+def policy_metrics(loss: Tensor, terms: PolicyTerms, removed_N: Tensor) -> dict[str, Tensor]:
+    """`policy_loss`; token means of `clip_fraction`, `entropy` (-log pi, an estimate), `approx_kl` (k3, old || pi)."""
+    log_ratio_N = terms.log_ratio_N.detach()
+    return {
+        "policy_loss": loss.detach(),
+        "clip_fraction": removed_N.sum() / terms.divisor,
+        "entropy": -terms.logprobs_N.detach().sum() / terms.divisor,
+        "approx_kl": (exp_ratio(log_ratio_N) - 1.0 - log_ratio_N).sum() / terms.divisor,
+    }
