@@ -15,6 +15,7 @@ Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cuda", "cpu"]
 Verify = Literal["sampled", "full", "off"]
 InFlight = Literal["drain", "abort", "continue"]
+PlacementMode = Literal["colocated", "disaggregated"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -235,6 +236,15 @@ class ClusterConfig:
     """Ray cluster to join, `HOST:PORT` or `auto`; none starts a private one on this machine."""
     in_process: bool = False
     """No Ray: trainer and engine live in the calling process (one rank only); for notebooks and debugging."""
+    placement: PlacementMode = "colocated"
+    """`colocated`: models and engines on the same GPUs, by turns. `disaggregated`: engines on the last GPUs alone."""
+    share_workers: bool = True
+    """Frozen models live in the processes of a trained one of the same layout; off gives each its own."""
+    timeout_s: float = 1800.0
+    """Longest wait of a rank for another in one collective operation, seconds; then the run ends and names it."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "timeout_s")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Starts a private Ray on this machine, or joins a cluster.
+"""Starts a private Ray on this machine, or joins a cluster; says what nodes it has.
 
 A private Ray asks for a token that only its own processes know, has no dashboard, and never calls out.
 """
@@ -7,45 +7,43 @@ import atexit
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from align_core.config import ClusterConfig
+from align_core.errors import ConfigError
+from align_core.ray.placement import Node
 
 # Ray 2.60 asks the cloud's metadata address who it runs on, whatever its usage switch says; when the HOME of the
 # process that starts it holds this file, it believes that it knows and does not ask.
 _SILENCER = "ray_bootstrap_config.yaml"
+_RESERVE_TIMEOUT_S = 60.0
 
 _homes: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def start(config: ClusterConfig) -> None:
-    """Connects this process to Ray; does nothing when it is connected already."""
+    """Connects this process to Ray; does nothing when it is connected already.
+
+    Raises:
+        ConfigError: no cluster answers at `config.address`.
+    """
     if ray.is_initialized():
         return
     if config.address:
-        ray.init(address=config.address, log_to_driver=False)
+        _join(config.address)
         return
     home = tempfile.TemporaryDirectory(prefix="align-ray-")
-    (Path(home.name) / _SILENCER).touch()
     token = Path(home.name) / "auth_token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="ascii")
     _homes.append(home)  # lives as long as the daemons, which read the token
     atexit.register(stop)
-    before = dict(os.environ)
-    os.environ.update(
-        HOME=home.name,
-        RAY_AUTH_TOKEN_PATH=str(token),
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_worker_niceness="0",
-    )
-    try:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    _init(Path(home.name), token, address="local", include_dashboard=False)
 
 
 def stop() -> None:
@@ -53,3 +51,62 @@ def stop() -> None:
     ray.shutdown()
     while _homes:
         _homes.pop().cleanup()
+
+
+def nodes() -> list[tuple[str, Node]]:
+    """The living nodes, each with Ray's id for it, this one first and the others in a fixed order."""
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    alive.sort(key=lambda node: (node["NodeID"] != here, node["NodeManagerAddress"], node["NodeID"]))
+    return [(str(node["NodeID"]), _node(node["Resources"])) for node in alive]
+
+
+def reserve(found: Sequence[Node]) -> Any:
+    """A placement group that holds all GPUs of the nodes, so that no other program of the cluster gets them.
+
+    Raises:
+        ConfigError: another program has them.
+    """
+    group = placement_group([{"GPU": node.gpus} for node in found if node.gpus], strategy="PACK")
+    if not group.wait(_RESERVE_TIMEOUT_S):
+        free = ray.available_resources().get("GPU", 0)
+        remove_placement_group(group)
+        raise ConfigError(
+            f"the cluster did not give its {sum(node.gpus for node in found)} GPUs within {_RESERVE_TIMEOUT_S:.0f} s "
+            f"({free:g} are free); end the other program there, or use another cluster"
+        )
+    return group
+
+
+def _join(address: str) -> None:
+    home = tempfile.TemporaryDirectory(prefix="align-ray-")
+    _homes.append(home)
+    atexit.register(stop)
+    try:
+        _init(
+            Path(home.name),
+            Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")),
+            address=address,
+        )
+    except ConnectionError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address!r} ({error}); start one with: ray start --head"
+        ) from error
+
+
+def _init(home: Path, token: Path, **arguments: Any) -> None:
+    """`ray.init` with the silencer in the home that it looks at, and the file that holds the cluster's token."""
+    (home / _SILENCER).touch()
+    before = dict(os.environ)
+    if token.exists() and "RAY_AUTH_TOKEN" not in before:
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    os.environ.update(HOME=str(home), RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+    try:
+        ray.init(log_to_driver=False, configure_logging=False, **arguments)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _node(resources: dict[str, float]) -> Node:
+    return Node(gpus=int(resources.get("GPU", 0)), cpus=max(1, int(resources.get("CPU", 1))))

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,32 @@ from align_core.ray.source import SharedMemorySource
 from align_core.ray.workers import WorkerGroup
 from align_core.types import Batch
 
+MakeRank = Callable[[TrainerConfig, int, str, float], Any]
+"""(model, rank, where the ranks meet, longest wait of a rank for another in seconds) -> the rank's object"""
+
 
 class RayTrainer:
     """A Megatron model over several processes; every rank gets every batch, rank 0's answer is returned."""
 
-    def __init__(self, config: TrainerConfig, workers: WorkerGroup) -> None:
+    def __init__(
+        self,
+        config: TrainerConfig,
+        workers: WorkerGroup,
+        *,
+        timeout_s: float = 1800.0,
+        make_rank: MakeRank | None = None,
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            timeout_s: longest wait of a rank for another one, seconds.
+            make_rank: what to run in each worker instead of a rank of Megatron.
+        """
         self._workers = workers
-        self._meeting = Path(tempfile.mkdtemp(prefix="align-ranks-"))
-        workers.build([partial(_make_rank, config, rank, self._meeting / "store") for rank in range(len(workers))])
+        nodes = len({place.node_id for place in workers.processes.places})
+        self._meeting = workers.run(0, _open_meeting, nodes) if len(workers) > 1 else ""
+        make = make_rank or _make_rank
+        workers.build([partial(make, config, rank, self._meeting, timeout_s) for rank in range(len(workers))])
 
     def logprobs(self, batch: Batch) -> NDArray[np.float32]:
         """See `align_core.contracts.Trainer`."""
@@ -72,25 +90,40 @@ class RayTrainer:
         self._workers.call("reload")
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Lets go of the model; ends the processes if no other model uses them."""
         self._workers.close()
-        shutil.rmtree(self._meeting, ignore_errors=True)
+        if self._meeting.startswith("file://"):
+            shutil.rmtree(Path(self._meeting.removeprefix("file://")).parent, ignore_errors=True)
 
     def _first(self, method: str, *arguments: object) -> Any:
         shared = [ray.put(argument) if isinstance(argument, Batch) else argument for argument in arguments]
-        return self._workers.call(method, *shared)[0]
+        return self._workers.call_first(method, *shared)
 
 
-def _make_rank(config: TrainerConfig, rank: int, meeting: Path) -> Any:
-    # torch and megatron belong to the worker; the driver runs without them.
+# torch and megatron belong to the workers; the driver runs without them.
+
+
+def _open_meeting(nodes: int) -> str:
+    """Runs on rank 0."""
+    if nodes == 1:
+        return f"file://{tempfile.mkdtemp(prefix='align-ranks-')}/store"
+    from align_core.megatron.rendezvous import open_port  # noqa: PLC0415
+
+    return open_port(ray.util.get_node_ip_address())
+
+
+def _make_rank(config: TrainerConfig, rank: int, meeting: str, timeout_s: float) -> Any:
     from align_core.megatron.parallel import init_rank  # noqa: PLC0415
+    from align_core.megatron.rendezvous import join_meeting  # noqa: PLC0415
     from align_core.megatron.trainer import MegatronTrainer  # noqa: PLC0415
 
+    world = config.parallel.world_size
     context = init_rank(
         parallel=config.parallel,
         rank=rank,
-        rendezvous=f"file://{meeting}" if config.parallel.world_size > 1 else None,
+        rendezvous=join_meeting(meeting, ranks=world) if world > 1 else None,
         device=config.training.device,
         seed=config.seed,
+        timeout_s=timeout_s,
     )
     return MegatronTrainer(config, context)

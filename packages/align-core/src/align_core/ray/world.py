@@ -1,52 +1,63 @@
-"""A `World` over Ray: trainers as groups of Megatron ranks, engines in processes of their own, on shared devices."""
+"""A `World` over Ray: trainers as groups of Megatron ranks, engines in processes of their own, each in its place."""
 
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 
 from align_core.config import ClusterConfig, EngineConfig, TrainerConfig
 from align_core.contracts import RolloutEngine
 from align_core.errors import ConfigError
 from align_core.ray import cluster
 from align_core.ray.engine import RayEngine
-from align_core.ray.trainer import RayTrainer
-from align_core.ray.workers import Place, WorkerGroup
+from align_core.ray.placement import Placement, Slot
+from align_core.ray.progress import make_board
+from align_core.ray.trainer import MakeRank, RayTrainer
+from align_core.ray.workers import Place, Processes, WorkerGroup
 from align_core.stages.world import Model
-
-# Shares of a GPU that a trainer rank and an engine rank take, so that Ray lets several roles live on one GPU.
-_TRAINER_SHARE = 0.2
-_ENGINE_SHARE = 0.2
 
 
 class RayWorld:
-    """Every role colocated: rank i of each trainer and of each engine is on GPU i (or anywhere, on CPU)."""
+    """Models and engines on the devices of a Ray cluster; frozen models live in the processes of trained ones."""
 
-    def __init__(self, config: ClusterConfig) -> None:
-        """Starts nothing yet: a stage checks its data first, and asks for processes then."""
+    def __init__(self, config: ClusterConfig, *, make_rank: MakeRank | None = None) -> None:
+        """Starts nothing yet: a stage checks its data first, and asks for processes then.
+
+        Args:
+            make_rank: what to run in each worker instead of a rank of Megatron.
+        """
         self._config = config
-        self._gpus = 0
-        self._group: Any = None
+        self._make_rank = make_rank
+        self._placement: Placement | None = None
+        self._node_ids: list[str] = []
+        self._board: Any = None
+        self._reserved: Any = None
+        self._shared: list[_Tenancy] = []
         self._opened: list[RayTrainer | RayEngine] = []
 
     def trainer(self, config: TrainerConfig) -> Model:
         """A model over `config.parallel.world_size` processes."""
-        self._start()
-        world_size = config.parallel.world_size
+        places = [self._place([slot]) for slot in self._start().trainer(config.parallel.world_size)]
         role = f"{'trainer' if config.trainable else 'frozen'} {config.head} model {config.model.name}"
-        trainer = RayTrainer(config, WorkerGroup(role, self._places(world_size, _TRAINER_SHARE), group=self._group))
+        processes = self._tenancy(config, role, places).processes
+        trainer = RayTrainer(
+            config,
+            WorkerGroup(_unlike(role, processes.users), processes),
+            timeout_s=self._config.timeout_s,
+            make_rank=self._make_rank,
+        )
         self._opened.append(trainer)
         return trainer
 
     def engine(self, model: Path, config: EngineConfig) -> RolloutEngine:
         """An engine of the registry in its own process."""
-        self._start()
-        if self._gpus and config.tensor > 1:
+        placement = self._start()
+        if placement.on_gpus and config.tensor > 1:
             raise ConfigError(f"engine.tensor {config.tensor}: an engine over several GPUs is not there yet; use 1")
-        share = _ENGINE_SHARE if self._gpus else 0.0
-        workers = WorkerGroup(f"engine {config.name}", [Place(gpus=share)], group=self._group)
-        engine = RayEngine(model, config, workers)
+        (slots,) = placement.engines(config.tensor)
+        role = f"engine {config.name}"
+        engine = RayEngine(model, config, WorkerGroup(role, Processes(role, [self._place(slots)], board=self._board)))
         self._opened.append(engine)
         return engine
 
@@ -54,22 +65,63 @@ class RayWorld:
         """Ends all processes; Ray stays for the next world of this driver."""
         while self._opened:
             self._opened.pop().close()
-        if self._group is not None:
-            remove_placement_group(self._group)
-            self._group = None
+        self._shared.clear()
+        if self._board is not None:
+            ray.kill(self._board)
+            self._board = None
+        if self._reserved is not None:
+            remove_placement_group(self._reserved)
+            self._reserved = None
+        self._placement = None
 
-    def _start(self) -> None:
-        if self._group is not None:
-            return
-        cluster.start(self._config)
-        self._gpus = int(ray.cluster_resources().get("GPU", 0))
-        bundle = {"GPU": 1} if self._gpus else {"CPU": 0.01}
-        self._group = placement_group([bundle] * max(self._gpus, 1), strategy="PACK")
-        ray.get(self._group.ready())
+    def _start(self) -> Placement:
+        if self._placement is None:
+            cluster.start(self._config)
+            found = cluster.nodes()
+            self._node_ids = [name for name, _ in found]
+            placement = Placement([node for _, node in found], self._config.placement)
+            if placement.on_gpus:
+                self._reserved = cluster.reserve(placement.nodes)
+            self._board = make_board()
+            self._placement = placement
+        return self._placement
 
-    def _places(self, ranks: int, share: float) -> list[Place]:
-        if not self._gpus:
-            return [Place() for _ in range(ranks)]
-        if ranks > self._gpus:
-            raise ConfigError(f"{ranks} ranks need {ranks} GPUs, the cluster has {self._gpus}; lower parallel.*")
-        return [Place(gpus=share, bundle=rank) for rank in range(ranks)]
+    def _place(self, slots: list[Slot]) -> Place:
+        """Of one process, on the slots of one node."""
+        assert self._placement is not None
+        gpus = tuple(slot.index for slot in slots) if self._placement.on_gpus else ()
+        return Place(node_id=self._node_ids[slots[0].node], gpus=gpus)
+
+    def _tenancy(self, config: TrainerConfig, role: str, places: list[Place]) -> "_Tenancy":
+        """The processes for a model: those of another one of the same layout, if one of the two is frozen."""
+        for tenancy in self._shared:
+            if self._config.share_workers and tenancy.takes(config):
+                tenancy.trained |= config.trainable
+                return tenancy
+        tenancy = _Tenancy(config, Processes(role, places, board=self._board))
+        self._shared.append(tenancy)
+        return tenancy
+
+
+class _Tenancy:
+    """Processes and the models in them: any number of frozen ones and at most one that is trained."""
+
+    def __init__(self, config: TrainerConfig, processes: Processes) -> None:
+        self.processes = processes
+        self.trained = config.trainable
+        self._first = config
+
+    def takes(self, config: TrainerConfig) -> bool:
+        """Whether the model may live here: the process groups of Megatron are one a process."""
+        same = (config.parallel, config.training.device) == (self._first.parallel, self._first.training.device)
+        return same and bool(self.processes.actors) and not (self.trained and config.trainable)
+
+
+def _unlike(role: str, taken: set[str]) -> str:
+    """The role, numbered if a group of that role is there already."""
+    number = 2
+    name = role
+    while name in taken:
+        name = f"{role} #{number}"
+        number += 1
+    return name

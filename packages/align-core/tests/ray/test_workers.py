@@ -1,0 +1,161 @@
+"""Real worker processes without Megatron: what the caller reads when one of them fails, hangs or dies."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+from align_core.config import ClusterConfig, ParallelConfig, TrainerConfig
+from align_core.errors import AlignError, DataError, WorkerError
+from align_core.ray import cluster
+from align_core.ray.workers import WorkerGroup
+from align_core.ray.world import RayWorld
+
+pytestmark = pytest.mark.slow
+
+
+class Rank:
+    """Stands where a rank of Megatron would."""
+
+    def __init__(self, config: TrainerConfig, rank: int) -> None:
+        self.rank = rank
+        self.config = config
+
+    def hello(self) -> tuple[int, int, str]:
+        return self.rank, os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+    def fail(self, rank: int, kind: str) -> int:
+        if self.rank != rank:
+            time.sleep(0.5)
+            return self.rank
+        print(f"last words of rank {rank}", flush=True)
+        if kind == "data":
+            raise DataError("row 7 is bad")
+        if kind == "other":
+            raise ValueError("a bug")
+        os.kill(os.getpid(), signal.SIGKILL)
+        return self.rank
+
+    def lose(self, dead: int) -> None:
+        """Rank `dead` dies; the others, in a collective, hear of it a little earlier than the driver may."""
+        if self.rank == dead:
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise RuntimeError("Connection closed by peer [10.0.0.1]:2000")
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def make_rank(config: TrainerConfig, rank: int, meeting: str, timeout_s: float) -> Any:
+    return Rank(config, rank)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_cluster() -> Iterator[None]:
+    cluster.start(ClusterConfig())
+    yield
+    cluster.stop()
+
+
+@pytest.fixture
+def make_world() -> Iterator[Callable[..., RayWorld]]:
+    worlds = []
+
+    def make(**settings: Any) -> RayWorld:
+        worlds.append(RayWorld(ClusterConfig(**settings), make_rank=make_rank))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+def group_of(world: RayWorld, *, trainable: bool = True, tensor: int = 2) -> WorkerGroup:
+    config = TrainerConfig(model=Path("m"), trainable=trainable, parallel=ParallelConfig(tensor=tensor))
+    trainer: Any = world.trainer(config)
+    return trainer._workers  # type: ignore[no-any-return]
+
+
+def test_frozen_models_live_with_the_trained_one_of_the_same_layout(make_world: Callable[..., RayWorld]) -> None:
+    world = make_world()
+    reward, policy, reference = group_of(world, trainable=False), group_of(world), group_of(world, trainable=False)
+    value, small = group_of(world), group_of(world, trainable=False, tensor=1)
+    pids = [tuple(pid for _, pid, _ in group.call("hello")) for group in (reward, policy, reference, value, small)]
+    assert pids[0] == pids[1] == pids[2]
+    assert len({*pids[0], *pids[3], *pids[4]}) == 5
+    assert len({group.role for group in (reward, policy, reference)}) == 3
+    reward.close()  # the others go on
+    assert policy.call_first("hello")[0] == 0
+
+
+def test_workers_of_their_own_on_request(make_world: Callable[..., RayWorld]) -> None:
+    world = make_world(share_workers=False)
+    one, other = group_of(world, tensor=1), group_of(world, tensor=1, trainable=False)
+    assert one.call("hello")[0][1] != other.call("hello")[0][1]
+
+
+def test_an_error_of_ours_arrives_as_it_is(make_world: Callable[..., RayWorld]) -> None:
+    with pytest.raises(DataError, match=r"^row 7 is bad$"):
+        group_of(make_world()).call("fail", 1, "data")
+
+
+def test_another_error_brings_rank_traceback_and_log(make_world: Callable[..., RayWorld]) -> None:
+    with pytest.raises(WorkerError) as caught:
+        group_of(make_world()).call("fail", 1, "other")
+    text = str(caught.value)
+    assert text.startswith("trainer lm model m rank 1 failed in fail:\n")
+    assert 'raise ValueError("a bug")' in text
+    assert "  last words of rank 1" in text
+    assert "rank 1: failed in fail (call 2)" in text
+    assert "fail (call 3)" in text
+
+
+def test_a_death_is_told_with_the_log_of_the_dead(make_world: Callable[..., RayWorld]) -> None:
+    with pytest.raises(WorkerError) as caught:
+        group_of(make_world()).call("fail", 0, "kill")
+    text = str(caught.value)
+    assert "trainer lm model m rank 0 died in fail: process" in text
+    assert "last words of rank 0" in text
+    assert "rank 0: dead" in text
+
+
+def test_the_dead_rank_is_blamed_not_the_one_that_lost_it(make_world: Callable[..., RayWorld]) -> None:
+    with pytest.raises(WorkerError, match=r"^trainer lm model m rank 1 died in lose"):
+        group_of(make_world()).call("lose", 1)
+
+
+def test_a_group_that_failed_is_gone(make_world: Callable[..., RayWorld]) -> None:
+    group = group_of(make_world())
+    pids = [pid for _, pid, _ in group.call("hello")]
+    with pytest.raises(AlignError):
+        group.call("fail", 1, "other")
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_the_board_knows_a_rank_that_was_stopped(make_world: Callable[..., RayWorld]) -> None:
+    group = group_of(make_world())
+    pid = group.call("hello")[1][1]
+    for actor in group.processes.actors:
+        actor.call.remote(group.role, "sleep", False, 60.0)
+    time.sleep(1.5)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(5)
+        text = group.processes._activities([])
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    one, other = text.splitlines()[1:3]
+    assert "rank 0: in sleep (call 4) for" in one and "silent" not in one
+    assert "rank 1: in sleep (call 3) for" in other and "silent since" in other
+    ray.kill(group.processes.actors[0])
