@@ -27,7 +27,7 @@ from align_core.config import (
 from align_core.errors import CheckpointError, WorkerError
 from align_core.ray import cluster
 from align_core.ray.world import RayWorld
-from align_core.stages.grpo import rollout_batch
+from align_core.stages.rollout import rollout_batch
 from align_core.stages.sync import compare_logprobs, synchronise
 from align_core.tutorial.tiny import make_tiny_model
 from align_core.types import Completion, Prompt

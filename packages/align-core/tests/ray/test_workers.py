@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("ray")
 
 import ray
+
 from align_core.config import ClusterConfig, ParallelConfig, TrainerConfig
 from align_core.errors import AlignError, DataError, WorkerError
 from align_core.ray import cluster
