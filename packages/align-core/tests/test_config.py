@@ -17,6 +17,7 @@ from align_core.config import (
     EngineConfig,
     GrpoConfig,
     GrpoLoss,
+    KtoConfig,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
@@ -106,9 +107,11 @@ def test_trainer_of_a_stage_takes_the_stages_settings() -> None:
 def test_settings_stay_few() -> None:
     """DESIGN.md bounds the leaves at about 150, in all stages together."""
     leaves = {
-        (kind.__name__, key) for kind in (SftConfig, RewardConfig, DpoConfig, GrpoConfig) for key in known_keys(kind)
+        (kind.__name__, key)
+        for kind in (SftConfig, RewardConfig, DpoConfig, KtoConfig, GrpoConfig)
+        for key in known_keys(kind)
     }
-    assert len({key for _, key in leaves}) < 100
+    assert len({key for _, key in leaves}) < 150
 
 
 def test_every_field_has_a_docstring_below_it() -> None:

@@ -251,24 +251,67 @@ class ClusterConfig:
 class SftLoss:
     """Cross-entropy on the response tokens, averaged over all of them in the batch."""
 
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns in a chat are learnt; the user's and the system's never are."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardLoss:
     """Bradley-Terry over all ordered pairs of a prompt's responses."""
 
+    margin_scale: float = 0.0
+    """Score that a difference of one in the labels should make at least (Llama 2's margin); 0 uses their order only."""
+    centre_coef: float = 0.0
+    """Pulls the scores of a pair to mean 0, which the likelihood leaves open; 0.01 where scores are to be added up."""
+
+    def __post_init__(self) -> None:
+        for name in ("margin_scale", "centre_coef"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DpoLoss:
-    """Direct preference optimisation (Rafailov et al. 2023)."""
+    """Preference losses: direct preference optimisation (Rafailov et al. 2023) and its kin."""
 
+    form: Literal["sigmoid", "ipo", "hinge", "robust", "simpo", "orpo"] = "sigmoid"
+    """`sigmoid` is DPO; `simpo` and `orpo` need no reference. Each is described in align-algos' PAPERS.md."""
     beta: float = 0.1
-    """Strength of the pull to the reference; the paper's and the tutorial's value."""
+    """Strength of the pull to the reference; DPO's and the tutorial's value. For SimPO a scale (2), for ORPO lambda."""
     label_smoothing: float = 0.0
-    """Assumed share of swapped preferences (cDPO)."""
+    """Assumed share of swapped preferences; with `sigmoid` this is cDPO. `robust` needs it below 0.5."""
+    length_normalised: bool = False
+    """Mean instead of sum over a response's log-ratios; `simpo` and `orpo` always take the mean."""
+    simpo_margin: float = 0.5
+    """SimPO's gamma, the reward by which the chosen response should win."""
 
     def __post_init__(self) -> None:
         _positive(self, "beta")
         _between(self, "label_smoothing", 0.0, 0.5)
+        if self.label_smoothing and self.form not in ("sigmoid", "robust", "simpo"):
+            raise ConfigError(f"label_smoothing has no meaning in form {self.form!r}; set it to 0")
+        if self.form == "robust" and not 0 < self.label_smoothing < 0.5:
+            raise ConfigError("form 'robust' needs label_smoothing above 0 and below 0.5: the share of wrong labels")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the untrained model."""
+        return self.form not in ("simpo", "orpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KtoLoss:
+    """Learning from single responses marked as wanted or not (Ethayarajh et al. 2024)."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference; the paper's value."""
+    desirable_weight: float = 1.0
+    """Weight of wanted responses; the paper asks for (weight x number) of both kinds within 1 to 4/3 of each other."""
+    undesirable_weight: float = 1.0
+    """Weight of unwanted responses."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "beta", "desirable_weight", "undesirable_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +373,7 @@ class ValueLoss:
             _positive(self, "clip")
 
 
-LossConfig = SftLoss | RewardLoss | DpoLoss | GrpoLoss | OnlineDpoLoss | PpoLoss | ValueLoss
+LossConfig = SftLoss | RewardLoss | DpoLoss | KtoLoss | GrpoLoss | OnlineDpoLoss | PpoLoss | ValueLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,8 +382,9 @@ class StageConfig:
 
     model: Path
     """Hugging Face or Megatron checkpoint directory to start from."""
-    data: Path
-    """JSON-lines file of the stage's records."""
+    data: list[str] | Path
+    """JSON-lines file of the stage's records, or a directory that `align data prepare` wrote. Several files: repeat
+    the option, each `FILE` (all records alike) or `FILE:RATIO` (a fixed share of every batch)."""
     out: Path
     """Directory for checkpoints, metrics and the final model; a run found there is continued."""
     steps: int = 1000
@@ -355,6 +399,13 @@ class StageConfig:
     """Orders the data and seeds every generator."""
     save_every: int = 100
     """Steps between checkpoints to resume from."""
+    keep_last: int = 1
+    """Newest checkpoints that are kept while training; all go once the trained model is in OUT/model."""
+    export: Literal["megatron", "hf"] = "megatron"
+    """`hf` writes OUT/hf besides: the trained model as a Hugging Face directory."""
+    trackers: list[str] | None = None
+    """Where metrics go besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`, `mlflow`, or a name of the
+    entry-point group `align.trackers`; unset takes TensorBoard where it is installed."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Processes of the trained model (and of its frozen reference)."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -365,7 +416,7 @@ class StageConfig:
     """Ray, or this process alone."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "batch_size", "max_length", "save_every")
+        _positive(self, "steps", "batch_size", "max_length", "save_every", "keep_last")
         if self.optimizer.warmup_steps >= self.steps:
             raise ConfigError(
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves none of the {self.steps} steps at full "
@@ -424,29 +475,70 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(StageConfig):
+class OfflineConfig(StageConfig):
+    """What the stages share that learn from a file alone."""
+
+    eval_data: list[str] | Path | None = None
+    """Held-out file or files; what the stage measures there is logged as `eval_...`."""
+    eval_every: int = 100
+    """Steps between evaluations; also before the first step and after the last."""
+    keep_best: bool = False
+    """Write the model of the best evaluation to OUT/best (accuracy where there is one, else loss)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "eval_every")
+        if self.keep_best and self.eval_data is None:
+            raise ConfigError("keep_best needs held-out data to judge by; give --eval_data FILE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(OfflineConfig):
     """`align sft`: supervised fine-tuning on prompt and response."""
 
     loss: SftLoss = field(default_factory=SftLoss)
-    """Nothing to set."""
+    """Which turns count."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardConfig(StageConfig):
+class RewardConfig(OfflineConfig):
     """`align reward`: a scalar head that ranks responses."""
 
     loss: RewardLoss = field(default_factory=RewardLoss)
-    """Nothing to set."""
-    eval_data: Path | None = None
-    """Held-out file; its accuracy is measured at the end."""
+    """Margin and centring."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(StageConfig):
+class ReferenceConfig(OfflineConfig):
+    """What the stages share that compare the model with what it was before training."""
+
+    reference: Literal["once", "step"] = "once"
+    """The untrained model's log-probs: all computed before the first step and kept on disk (no memory on the device),
+    or in each step by a second, frozen model (no time before the first step; the only way where data never repeats)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoConfig(ReferenceConfig):
     """`align dpo`: preference optimisation without sampling."""
 
     loss: DpoLoss = field(default_factory=DpoLoss)
-    """Beta and label smoothing."""
+    """Form, beta and label smoothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KtoConfig(ReferenceConfig):
+    """`align kto`: learning from responses that are marked as wanted or not, one at a time."""
+
+    loss: KtoLoss = field(default_factory=KtoLoss)
+    """Beta and the weights of both kinds."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise ConfigError(
+                f"batch_size {self.batch_size}: the KL baseline pairs each prompt with another record's response; "
+                "use 2 or more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,6 +172,15 @@ class SupportsValues(Protocol):
 
 
 @runtime_checkable
+class SupportsEvaluation(Protocol):
+    """A trainer that computes a loss without learning from it."""
+
+    def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
+        """`loss` and the loss's own metrics of the whole batch, as `step` returns them; nothing is updated."""
+        ...
+
+
+@runtime_checkable
 class SupportsExport(Protocol):
     """A trainer that writes its model alone, without the state of training."""
 

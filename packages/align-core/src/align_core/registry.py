@@ -10,7 +10,13 @@ from typing import Literal
 from align_core.errors import ConfigError, unknown_name
 
 Group = Literal[
-    "align.engines", "align.rewards", "align.judges", "align.evaluations", "align.recipes", "align.commands"
+    "align.engines",
+    "align.rewards",
+    "align.judges",
+    "align.evaluations",
+    "align.recipes",
+    "align.commands",
+    "align.trackers",
 ]
 
 _KINDS: dict[str, str] = {
@@ -20,6 +26,7 @@ _KINDS: dict[str, str] = {
     "align.evaluations": "evaluation",
     "align.recipes": "recipe",
     "align.commands": "command",
+    "align.trackers": "tracker",
 }
 _SHIPPED_BY: dict[tuple[str, str], str] = {
     ("align.engines", "vllm"): "align-rollout",

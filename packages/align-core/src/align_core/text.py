@@ -29,6 +29,7 @@ class Tokenizer:
         if backend.eos_token_id is None:
             raise CheckpointError(f"the tokenizer in {directory} has no end-of-sequence token; set it in its config")
         self.eos_id: int = int(backend.eos_token_id)
+        self.eos_text = str(backend.eos_token)
         self.vocab_size: int = len(backend)
         self.has_chat_template: bool = bool(getattr(backend, "chat_template", None))
 
@@ -55,8 +56,11 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
-    def apply_chat_template(self, messages: Messages) -> str:
-        """The conversation in the tokenizer's own template, open for the assistant's answer.
+    def apply_chat_template(self, messages: Messages, *, is_open: bool = True) -> str:
+        """The conversation in the tokenizer's own template.
+
+        Args:
+            is_open: end where the assistant's answer begins; else the last message is complete.
 
         Raises:
             DataError: the template does not take these messages, for example two turns of one role in a row.
@@ -67,7 +71,7 @@ class Tokenizer:
             raise missing_dependency("jinja2", "align-core[megatron]", needed_for="a chat template") from error
         try:
             rendered = self._backend.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=is_open
             )
         except TemplateError as error:
             roles = [message["role"] for message in messages]
@@ -137,12 +141,72 @@ def encode_response(tokenizer: Tokenizer, response: str, *, template: str = "aut
     return np.asarray([*tokenizer.encode_continuation(text), tokenizer.eos_id], dtype=np.int32)
 
 
-def _encode_messages(tokenizer: Tokenizer, messages: Messages, template: str) -> list[int]:
-    if template == "chat":
-        return tokenizer.encode(tokenizer.apply_chat_template(messages))
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Messages, *, template: str = "auto"
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Token ids of a whole conversation that ends in the assistant's turn, and a mask on what the assistant says.
+
+    Every answer is written as it would be sampled: after the prompt that `render_prompt` gives for the turns before it.
+    The end-of-sequence token is a target where the template puts one after an answer, and always after the last.
+
+    Raises:
+        DataError: the template writes earlier turns differently once there are later ones, so that no sequence holds
+            what the model sees at every turn.
+    """
+    name = resolve_template(tokenizer, template)
+    pieces: list[tuple[list[int], bool]] = []
+    written = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _text_of(tokenizer, messages[:index], name)
+        if not prompt.startswith(written):
+            raise DataError(
+                f"the prompt template {name!r} rewrites earlier turns of a chat, so they cannot be learnt together; "
+                "set loss.turns to last"
+            )
+        new = prompt[len(written) :]
+        pieces.append((tokenizer.encode_continuation(new) if written else _encode_text(tokenizer, new, name), False))
+        if index == len(messages) - 1:
+            answer = encode_response(tokenizer, message["content"], template=name).tolist()
+        else:
+            text = _answer_text(tokenizer, messages[: index + 1], prompt, name)
+            answer = tokenizer.encode_continuation(text)
+            written = prompt + text
+        pieces.append((answer, True))
+    tokens = np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in pieces])
+    return tokens, np.repeat([learnt for _, learnt in pieces], [len(ids) for ids, _ in pieces])
+
+
+def _answer_text(tokenizer: Tokenizer, messages: Messages, prompt: str, template: str) -> str:
+    """How the template writes the last of `messages`, an assistant's turn, up to its end-of-sequence token."""
+    if template == "human-assistant":
+        return " " + messages[-1]["content"].strip()
     if template == "plain":
-        return tokenizer.encode_prompt("".join(message["content"] for message in messages))
-    return tokenizer.encode_prompt(_human_assistant(messages))
+        return messages[-1]["content"]
+    whole = tokenizer.apply_chat_template(messages, is_open=False)
+    if not whole.startswith(prompt):
+        raise DataError("the chat template writes an open turn differently from a finished one; set loss.turns to last")
+    text = whole[len(prompt) :]
+    end = text.rfind(tokenizer.eos_text)
+    return text if end < 0 else text[: end + len(tokenizer.eos_text)]
+
+
+def _text_of(tokenizer: Tokenizer, messages: Messages, template: str) -> str:
+    if template == "chat":
+        return tokenizer.apply_chat_template(messages)
+    if template == "plain":
+        return "".join(message["content"] for message in messages)
+    return _human_assistant(messages)
+
+
+def _encode_text(tokenizer: Tokenizer, text: str, template: str) -> list[int]:
+    """The beginning of a sequence; a chat template writes its own begin-of-sequence token."""
+    return tokenizer.encode(text) if template == "chat" else tokenizer.encode_prompt(text)
+
+
+def _encode_messages(tokenizer: Tokenizer, messages: Messages, template: str) -> list[int]:
+    return _encode_text(tokenizer, _text_of(tokenizer, messages, template), template)
 
 
 def _human_assistant(messages: Messages) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align_core.data.examples import Example, batch_of, encode_example, ranked_examples, sft_examples
+from align_core.data.examples import Example, batch_of, encode_example, encode_ranked, encode_sft
 from align_core.data.records import RankedRecord, SftRecord
 from align_core.errors import DataError
 from align_core.text import Tokenizer, encode_response, load_tokenizer, render_prompt
@@ -75,10 +75,8 @@ def test_room_too_small_for_the_template_is_refused(tokenizer: Tokenizer) -> Non
 
 
 def test_batch_of_examples_carries_their_masks(tokenizer: Tokenizer) -> None:
-    examples = sft_examples(
-        tokenizer, [SftRecord(prompt="1", response="2"), SftRecord(prompt="12 + 3", response="15")],
-        template="auto", max_length=64,
-    )  # fmt: skip
+    records = [SftRecord(prompt="1", response="2"), SftRecord(prompt="12 + 3", response="15")]
+    examples = [encode_sft(tokenizer, record, template="auto", max_length=64) for record in records]
     batch = batch_of(examples)
     assert batch.lengths.tolist() == [len(made.tokens) for made in examples]
     assert np.array_equal(batch.mask, np.concatenate([made.mask for made in examples]))
@@ -86,5 +84,5 @@ def test_batch_of_examples_carries_their_masks(tokenizer: Tokenizer) -> None:
 
 def test_ranked_examples_keep_the_order_of_the_responses(tokenizer: Tokenizer) -> None:
     record = RankedRecord(prompt="1 + 1", responses=["2", "3", "11"], scores=[1.0, 0.0, 0.5])
-    (group,) = ranked_examples(tokenizer, [record], template="auto", max_length=64)
+    group = encode_ranked(tokenizer, record, template="auto", max_length=64)
     assert [learnt(tokenizer, made).strip() for made in group] == ["2", "3", "11"]

@@ -37,7 +37,7 @@ def write(path: Path, *rows: object) -> Path:
     ],
 )
 def test_sft_spellings(tmp_path: Path, row: object, record: SftRecord) -> None:
-    assert read_sft(write(tmp_path / "f.jsonl", row)) == [record]
+    assert list(read_sft(write(tmp_path / "f.jsonl", row))) == [record]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_sft_spellings(tmp_path: Path, row: object, record: SftRecord) -> None:
     ],
 )
 def test_reward_spellings(tmp_path: Path, row: object, record: RankedRecord) -> None:
-    assert read_ranked(write(tmp_path / "f.jsonl", row)) == [record]
+    assert list(read_ranked(write(tmp_path / "f.jsonl", row))) == [record]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_reward_spellings(tmp_path: Path, row: object, record: RankedRecord) -> 
 )
 def test_preference_spellings(tmp_path: Path, row: object) -> None:
     expected = PreferenceRecord(prompt="p", chosen="a", rejected="b")
-    assert read_preferences(write(tmp_path / "f.jsonl", row)) == [expected]
+    assert list(read_preferences(write(tmp_path / "f.jsonl", row))) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_preference_spellings(tmp_path: Path, row: object) -> None:
     ],
 )
 def test_prompt_spellings_keep_the_other_columns(tmp_path: Path, row: object, record: PromptRecord) -> None:
-    assert read_prompts(write(tmp_path / "f.jsonl", row)) == [record]
+    assert list(read_prompts(write(tmp_path / "f.jsonl", row))) == [record]
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,10 @@ class FakeTrainer:
         self.steps_done += 1
         return {"loss": value, "grad_norm": 1.0, "lr": lr}
 
+    def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
+        self._world.tick("evaluate")
+        return {"loss": _slope(batch, self._logprobs(batch)[0].astype(np.float64), loss)[0]}
+
     def weights(self) -> WeightSource:
         source = ArrayWeights({name: array.copy() for name, array in self.weight.items()})
         return _Damaged(source) if self._world.damages_weights else source

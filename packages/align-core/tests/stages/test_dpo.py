@@ -41,7 +41,7 @@ def test_reference_scores_only_the_pairs_that_training_uses(
     make_config: Callable[..., DpoConfig], fake_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step of 4 pairs of 10, two pairs a call: two calls with four sequences each."""
-    monkeypatch.setattr("align_core.stages.dpo._REFERENCE_PAIRS", 2)
+    monkeypatch.setattr("align_core.stages.reference._AT_ONCE", 4)
     scored: list[int] = []
     world = fake_world()
 

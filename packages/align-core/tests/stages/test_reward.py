@@ -10,9 +10,7 @@ import pytest
 
 from align_core.config import RewardConfig
 from align_core.data.examples import Example
-from align_core.data.records import RankedRecord
-from align_core.stages.reward import _accuracy, ranked_batch, run_reward
-from align_core.types import Batch
+from align_core.stages.reward import ranked_batch, run_reward
 
 
 def example(*tokens: int) -> Example:
@@ -20,28 +18,11 @@ def example(*tokens: int) -> Example:
 
 
 def test_ranked_batch_has_the_prompt_as_group_and_the_score_as_label() -> None:
-    batch = ranked_batch([[example(5), example(6, 7)], [example(8), example(9), example(10)]], [[1, 0], [0.5, 2, 1]])
+    groups = [([example(5), example(6, 7)], [1, 0]), ([example(8), example(9), example(10)], [0.5, 2, 1])]
+    batch = ranked_batch(groups)
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 10]
     assert batch.sequence_column("group").tolist() == [0, 0, 1, 1, 1]
     assert batch.sequence_column("label").tolist() == [1.0, 0.0, 0.5, 2.0, 1.0]
-
-
-class Scorer:
-    """Scores a sequence by its last token."""
-
-    def scores(self, batch: Batch) -> np.ndarray:
-        return batch.tokens[batch.offsets[1:] - 1].astype(np.float32)
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 64])
-def test_accuracy_counts_ordered_pairs_by_hand(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels 3 > 2 > 1 scored 9, 4, 4: 2 of 3 pairs (4 = 4 is no order). Labels 1 = 1 > 0 scored 1, 5, 3: 1 of 2."""
-    monkeypatch.setattr("align_core.stages.reward._EVAL_RECORDS", at_once)
-    labels, tokens = [[3, 2, 1], [1, 1, 0], [0, 0]], [[9, 4, 4], [1, 5, 3], [1, 2]]
-    groups = [[example(token) for token in group] for group in tokens]
-    records = [RankedRecord(prompt="p", responses=["r"] * len(group), scores=group) for group in labels]
-    assert _accuracy(Scorer(), groups, records) == 3 / 5  # type: ignore[arg-type]
-    assert _accuracy(Scorer(), groups[2:], records[2:]) is None  # type: ignore[arg-type]
 
 
 def test_stage_learns_the_ranking_and_measures_it_on_the_held_out_file(

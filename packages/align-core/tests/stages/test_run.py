@@ -53,9 +53,11 @@ def test_finished_run_leaves_settings_metrics_model_and_result(make_config: Call
     walk(config)
     assert sorted(path.name for path in config.out.iterdir()) == [
         "config.yaml",
+        "data.json",
         "metrics.jsonl",
         "model",
         "result.json",
+        "tensorboard",
     ]
     result = json.loads((config.out / "result.json").read_text())
     assert (result["steps"], result["records"], result["last_step"]["value"]) == (6, 10, 10.0)

@@ -2,24 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.data.records import Content, RankedRecord, SftRecord
+from align_core.data.records import Content, PreferenceRecord, RankedRecord, SftRecord
 from align_core.errors import DataError
-from align_core.text import Tokenizer, encode_response, render_prompt
+from align_core.text import Messages, Tokenizer, encode_conversation, encode_response, render_prompt
 from align_core.types import Batch
+
+Pair = tuple["Example", "Example"]
+"""Chosen and rejected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One sequence: prompt, then response."""
+    """One sequence: prompt, then response; or a conversation with several of both."""
 
     tokens: NDArray[np.int32]
     """int32 [L]."""
     mask: NDArray[np.bool_]
-    """bool [L], True on the response."""
+    """bool [L], True on what the assistant says."""
 
 
 def encode_example(tokenizer: Tokenizer, prompt: Content, response: str, *, template: str, max_length: int) -> Example:
@@ -36,26 +40,54 @@ def encode_example(tokenizer: Tokenizer, prompt: Content, response: str, *, temp
     return Example(tokens=tokens, mask=np.arange(len(tokens)) >= len(question))
 
 
-def sft_examples(
-    tokenizer: Tokenizer, records: Sequence[SftRecord], *, template: str, max_length: int
-) -> list[Example]:
-    """One example a record."""
-    return [encode_example(tokenizer, r.prompt, r.response, template=template, max_length=max_length) for r in records]
+def encode_sft(
+    tokenizer: Tokenizer, record: SftRecord, *, template: str, max_length: int, turns: Literal["all", "last"] = "all"
+) -> Example:
+    """A demonstration. Of a chat that is too long, the oldest exchanges are left out until the rest fits.
+
+    Args:
+        turns: whether the earlier turns of the assistant are learnt too.
+    """
+    several = not isinstance(record.prompt, str) and any(turn["role"] == "assistant" for turn in record.prompt)
+    if several and turns == "all":
+        messages: Messages = [*record.prompt, {"role": "assistant", "content": record.response}]
+        while sum(turn["role"] == "assistant" for turn in messages) > 1:
+            tokens, mask = encode_conversation(tokenizer, messages, template=template)
+            if len(tokens) <= max_length:
+                return Example(tokens=tokens, mask=mask)
+            messages = _without_oldest_exchange(messages)
+        record = SftRecord(prompt=messages[:-1], response=record.response)
+    return encode_example(tokenizer, record.prompt, record.response, template=template, max_length=max_length)
 
 
-def ranked_examples(
-    tokenizer: Tokenizer, records: Sequence[RankedRecord], *, template: str, max_length: int
-) -> list[list[Example]]:
-    """The examples of each record's responses, in their order."""
+def encode_ranked(tokenizer: Tokenizer, record: RankedRecord, *, template: str, max_length: int) -> list[Example]:
+    """The examples of a record's responses, in their order."""
     return [
-        [encode_example(tokenizer, r.prompt, text, template=template, max_length=max_length) for text in r.responses]
-        for r in records
+        encode_example(tokenizer, record.prompt, text, template=template, max_length=max_length)
+        for text in record.responses
     ]
+
+
+def encode_pair(tokenizer: Tokenizer, record: PreferenceRecord, *, template: str, max_length: int) -> Pair:
+    """Chosen and rejected."""
+    chosen, rejected = (
+        encode_example(tokenizer, record.prompt, text, template=template, max_length=max_length)
+        for text in (record.chosen, record.rejected)
+    )
+    return chosen, rejected
 
 
 def batch_of(examples: Sequence[Example]) -> Batch:
     """Examples end to end, with the column `mask`."""
     return Batch.of([e.tokens for e in examples], tokens={"mask": [e.mask for e in examples]})
+
+
+def _without_oldest_exchange(messages: Messages) -> Messages:
+    """Without the first user's turn and what answers it; the system's turns stay."""
+    system = [turn for turn in messages if turn["role"] == "system"]
+    talk = [turn for turn in messages if turn["role"] != "system"]
+    following = next(i for i, turn in enumerate(talk) if i and talk[i - 1]["role"] == "assistant")
+    return [*system, *talk[following:]]
 
 
 def _prompt_tokens(tokenizer: Tokenizer, prompt: Content, template: str, max_tokens: int) -> NDArray[np.int32]:

@@ -1,21 +1,20 @@
-"""The records of each task and the reader of their JSON-lines files.
+"""The records of each task and how a row of their JSON-lines files is read.
 
 A bad line is a DataError that names the file, the line and what was expected. Extra keys of a prompt are kept as
 columns for its reward; those of other records are left out.
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
+from align_core.data.dataset import Dataset, open_dataset
+from align_core.data.files import DataFiles
+from align_core.data.lines import Row
 from align_core.errors import DataError
 from align_core.text import Messages
 
 Content = str | Messages
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +44,24 @@ class PreferenceRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MarkedRecord:
+    """A prompt, one response, and whether such responses are wanted."""
+
+    prompt: Content
+    response: str
+    desirable: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResponsesRecord:
+    """A prompt and responses to be scored, with the row that they came in."""
+
+    prompt: Content
+    responses: Sequence[str]
+    row: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PromptRecord:
     """A prompt to sample for, and the columns that its reward needs."""
 
@@ -52,49 +69,43 @@ class PromptRecord:
     columns: Mapping[str, object] = field(default_factory=dict)
 
 
-def read_sft(path: Path) -> list[SftRecord]:
+def read_sft(data: DataFiles) -> Dataset[SftRecord]:
     """Records {"prompt"|"query", "response"} or {"messages": [...]} that end in the assistant's turn."""
-    return _read(path, _sft, expected='{"prompt", "response"} or {"messages": [...]}')
+    expected = '{"prompt", "response"} or {"messages": [...]}'
+    return open_dataset(data, _sft, expected=expected, name_in_directory="sft.jsonl")
 
 
-def read_ranked(path: Path) -> list[RankedRecord]:
+def read_ranked(data: DataFiles) -> Dataset[RankedRecord]:
     """Records {"prompt"|"query", "response": [...], "score": [...]} or {"prompt", "chosen", "rejected"}."""
-    return _read(
-        path, _ranked, expected='{"prompt", "response": [...], "score": [...]} or {"prompt", "chosen", "rejected"}'
-    )
+    expected = '{"prompt", "response": [...], "score": [...]} or {"prompt", "chosen", "rejected"}'
+    return open_dataset(data, _ranked, expected=expected, name_in_directory="preferences.jsonl")
 
 
-def read_preferences(path: Path) -> list[PreferenceRecord]:
+def read_preferences(data: DataFiles) -> Dataset[PreferenceRecord]:
     """Records {"prompt"|"query", "chosen"|"response", "rejected"}."""
-    return _read(path, _preference, expected='{"prompt", "chosen", "rejected"}')
+    expected = '{"prompt", "chosen", "rejected"}'
+    return open_dataset(data, _preference, expected=expected, name_in_directory="preferences.jsonl")
 
 
-def read_prompts(path: Path) -> list[PromptRecord]:
+def read_marked(data: DataFiles) -> Dataset[MarkedRecord]:
+    """Records {"prompt"|"query", "response"|"completion", "label": true|false}."""
+    expected = '{"prompt", "response", "label": true or false}'
+    return open_dataset(data, _marked, expected=expected, name_in_directory="marked.jsonl")
+
+
+def read_responses(data: DataFiles) -> Dataset[ResponsesRecord]:
+    """Records {"prompt"|"query", "response"|"completion": text or list of texts} and any further columns."""
+    expected = '{"prompt", "response": text or [texts]}'
+    return open_dataset(data, _responses, expected=expected, name_in_directory="responses.jsonl")
+
+
+def read_prompts(data: DataFiles) -> Dataset[PromptRecord]:
     """Records {"prompt"|"query"|"question"} or {"messages": [...]}, and any further columns."""
-    return _read(path, _prompt, expected='{"prompt", ...} or {"messages": [...], ...}')
+    expected = '{"prompt", ...} or {"messages": [...], ...}'
+    return open_dataset(data, _prompt, expected=expected, name_in_directory="prompts.jsonl")
 
 
-def _read(path: Path, parse: Callable[[dict[str, object]], Record], *, expected: str) -> list[Record]:
-    if not path.is_file():
-        raise DataError(f"data file {str(path)!r} does not exist; give a JSON-lines file of {expected}")
-    records: list[Record] = []
-    with path.open("rb") as lines:  # decoded line by line, so that a byte that is not UTF-8 has a line number
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise DataError(f"a {type(row).__name__}, not an object")
-                records.append(parse(row))
-            except (json.JSONDecodeError, DataError, UnicodeDecodeError) as error:
-                raise DataError(f"{path}, line {number}: {error}; expected {expected}") from error
-    if not records:
-        raise DataError(f"{path} holds no records; expected lines of {expected}")
-    return records
-
-
-def _sft(row: dict[str, object]) -> SftRecord:
+def _sft(row: Row) -> SftRecord:
     if "messages" in row:
         messages = _messages(row["messages"])
         if messages[-1]["role"] != "assistant" or not any(turn["role"] == "user" for turn in messages):
@@ -102,10 +113,10 @@ def _sft(row: dict[str, object]) -> SftRecord:
         if not messages[-1]["content"]:
             raise DataError("the last turn of 'messages', which is to be learnt, is empty")
         return SftRecord(prompt=messages[:-1], response=messages[-1]["content"])
-    return SftRecord(prompt=_text(row, "prompt", "query"), response=_text(row, "response"))
+    return SftRecord(prompt=_content(row), response=_text(row, "response"))
 
 
-def _ranked(row: dict[str, object]) -> RankedRecord:
+def _ranked(row: Row) -> RankedRecord:
     if "chosen" in row:
         pair = _preference(row)
         return RankedRecord(prompt=pair.prompt, responses=[pair.chosen, pair.rejected], scores=[1.0, 0.0])
@@ -118,16 +129,32 @@ def _ranked(row: dict[str, object]) -> RankedRecord:
         raise DataError(
             f"{len(responses)} responses with {len(scores)} scores; as many of both, at least two, are needed"
         )
-    return RankedRecord(prompt=_text(row, "prompt", "query"), responses=responses, scores=[float(s) for s in scores])
+    return RankedRecord(prompt=_content(row), responses=responses, scores=[float(s) for s in scores])
 
 
-def _preference(row: dict[str, object]) -> PreferenceRecord:
+def _preference(row: Row) -> PreferenceRecord:
     return PreferenceRecord(
-        prompt=_text(row, "prompt", "query"), chosen=_text(row, "chosen", "response"), rejected=_text(row, "rejected")
+        prompt=_content(row), chosen=_text(row, "chosen", "response"), rejected=_text(row, "rejected")
     )
 
 
-def _prompt(row: dict[str, object]) -> PromptRecord:
+def _marked(row: Row) -> MarkedRecord:
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise DataError(f"'label' must be true or false, got {label!r}")
+    return MarkedRecord(prompt=_content(row), response=_text(row, "response", "completion"), desirable=label)
+
+
+def _responses(row: Row) -> ResponsesRecord:
+    responses = row.get("response")
+    if isinstance(responses, list):
+        if not responses or not all(isinstance(text, str) and text for text in responses):
+            raise DataError("'response' must be a text or a list of texts, none of them empty")
+        return ResponsesRecord(prompt=_content(row), responses=responses, row=row)
+    return ResponsesRecord(prompt=_content(row), responses=[_text(row, "response", "completion")], row=row)
+
+
+def _prompt(row: Row) -> PromptRecord:
     if "messages" in row:
         messages = _messages(row["messages"])
         if messages[-1]["role"] != "user":
@@ -137,7 +164,17 @@ def _prompt(row: dict[str, object]) -> PromptRecord:
     return PromptRecord(prompt=_text(row, key), columns={k: v for k, v in row.items() if k != key})
 
 
-def _text(row: dict[str, object], *spellings: str) -> str:
+def _content(row: Row) -> Content:
+    """The prompt: a text, or chat messages under `prompt` that end in the user's turn."""
+    if not isinstance(row.get("prompt"), list):
+        return _text(row, "prompt", "query")
+    messages = _messages(row["prompt"])
+    if messages[-1]["role"] != "user":
+        raise DataError(f"the turns of 'prompt' must end in the user's, not the {messages[-1]['role']}'s")
+    return messages
+
+
+def _text(row: Row, *spellings: str) -> str:
     for name in spellings:
         if name in row:
             value = row[name]

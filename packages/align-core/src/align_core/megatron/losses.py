@@ -4,9 +4,7 @@ Everything that needs the whole batch (counts, group advantages) is computed her
 are `align_algos`'s. Knows nothing about ranks and models.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,35 +14,19 @@ from align_algos.errors import InputError
 from align_algos.losses import (
     LossOutput,
     count_pairs,
-    dpo_loss,
     grpo_loss,
     ppo_policy_loss,
     reward_loss,
     sft_loss,
     value_loss,
 )
-from align_core.config import DpoLoss, GrpoLoss, LossConfig, PpoLoss, RewardLoss, SftLoss, ValueLoss
+from align_core.config import DpoLoss, GrpoLoss, KtoLoss, LossConfig, PpoLoss, RewardLoss, SftLoss, ValueLoss
 from align_core.errors import ConfigError, DataError
 from align_core.megatron.advantages import with_group_advantages
 from align_core.megatron.microbatch import MicroBatch
-from align_core.megatron.packing import Unit
+from align_core.megatron.preferences import prepare_kto, prepare_pairs
+from align_core.megatron.prepared import PreparedLoss, count_targets
 from align_core.types import Batch, Head
-
-Output = Literal["logprobs", "scores", "values"]
-"""What a loss reads off the model: log-prob of each token, score of each sequence, value before each token."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedLoss:
-    """A loss for one particular batch."""
-
-    batch: Batch
-    """The batch with the columns that were computed over all of it."""
-    unit: Unit
-    """What must stay in one micro-batch."""
-    compute: Callable[[Tensor, MicroBatch], LossOutput]
-    """(what `reads` names, of a micro-batch; the micro-batch) to its share of loss and metrics."""
-    reads: Output = "logprobs"
 
 
 def prepare_loss(loss: LossConfig, batch: Batch, *, head: Head) -> PreparedLoss:
@@ -66,14 +48,16 @@ def prepare_loss(loss: LossConfig, batch: Batch, *, head: Head) -> PreparedLoss:
     return _with_demonstrations(prepared) if "sft_weight" in batch.token_columns else prepared
 
 
-def _bind(loss: LossConfig, batch: Batch) -> PreparedLoss:
+def _bind(loss: LossConfig, batch: Batch) -> PreparedLoss:  # noqa: PLR0911  (a table)
     match loss:
         case SftLoss():
             return _sft(batch)
         case RewardLoss():
-            return _reward(batch)
+            return _reward(loss, batch)
         case DpoLoss():
-            return _dpo(loss, batch)
+            return prepare_pairs(loss, batch)
+        case KtoLoss():
+            return prepare_kto(loss, batch)
         case GrpoLoss():
             return _grpo(loss, batch)
         case PpoLoss():
@@ -84,7 +68,7 @@ def _bind(loss: LossConfig, batch: Batch) -> PreparedLoss:
 
 
 def _sft(batch: Batch) -> PreparedLoss:
-    num_tokens = _count_targets(batch)
+    num_tokens = count_targets(batch)
 
     def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
         return sft_loss(logprobs_N, micro.token_column("mask").bool(), num_tokens=num_tokens)
@@ -92,7 +76,7 @@ def _sft(batch: Batch) -> PreparedLoss:
     return PreparedLoss(batch=batch, unit="sequence", compute=compute)
 
 
-def _reward(batch: Batch) -> PreparedLoss:
+def _reward(loss: RewardLoss, batch: Batch) -> PreparedLoss:
     label_B = torch.from_numpy(batch.sequence_column("label").astype(np.float32))
     num_pairs = count_pairs(label_B, torch.from_numpy(batch.sequence_column("group").astype(np.int64)))
     if num_pairs == 0:
@@ -100,32 +84,20 @@ def _reward(batch: Batch) -> PreparedLoss:
 
     def compute(scores_B: Tensor, micro: MicroBatch) -> LossOutput:
         label_B, group_B = micro.sequence_column("label").float(), micro.sequence_column("group").long()
-        return reward_loss(scores_B, label_B, group_B, num_pairs=num_pairs)
+        return reward_loss(
+            scores_B,
+            label_B,
+            group_B,
+            num_pairs=num_pairs,
+            margin_scale=loss.margin_scale,
+            centre_coef=loss.centre_coef,
+        )
 
     return PreparedLoss(batch=batch, unit="group", compute=compute, reads="scores")
 
 
-def _dpo(loss: DpoLoss, batch: Batch) -> PreparedLoss:
-    _count_targets(batch)
-    batch.token_column("reference_logprobs")
-    num_pairs = len(batch) // 2
-
-    def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
-        return dpo_loss(
-            logprobs_N,
-            micro.token_column("reference_logprobs"),
-            micro.token_column("mask").bool(),
-            torch.from_numpy(micro.batch.offsets).to(logprobs_N.device),
-            beta=loss.beta,
-            num_pairs=num_pairs,
-            label_smoothing=loss.label_smoothing,
-        )
-
-    return PreparedLoss(batch=batch, unit="pair", compute=compute)
-
-
 def _grpo(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
-    num_tokens = _count_targets(batch)
+    num_tokens = count_targets(batch)
     batch.token_column("old_logprobs")
     if loss.kl_coef > 0:
         batch.token_column("reference_logprobs")
@@ -150,7 +122,7 @@ def _grpo(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
 
 
 def _ppo(loss: PpoLoss, batch: Batch) -> PreparedLoss:
-    num_tokens = _count_targets(batch)
+    num_tokens = count_targets(batch)
     for name in ("old_logprobs", "advantages"):
         batch.token_column(name)
 
@@ -169,7 +141,7 @@ def _ppo(loss: PpoLoss, batch: Batch) -> PreparedLoss:
 
 
 def _value(loss: ValueLoss, batch: Batch) -> PreparedLoss:
-    num_tokens = _count_targets(batch)
+    num_tokens = count_targets(batch)
     for name in ("old_values", "returns"):
         batch.token_column(name)
 
@@ -202,22 +174,3 @@ def _with_demonstrations(prepared: PreparedLoss) -> PreparedLoss:
         return LossOutput(loss + weight * imitated.loss, {**metrics, "sft_loss": imitated.loss.detach()})
 
     return replace(prepared, compute=compute)
-
-
-def _count_targets(batch: Batch) -> int:
-    """Tokens inside the mask.
-
-    Raises:
-        DataError: none, or a sequence's first token, which nothing predicts.
-    """
-    mask_N = batch.mask
-    first = np.flatnonzero(mask_N[batch.offsets[:-1]])
-    if len(first):
-        raise DataError(
-            f"the mask of sequence {first[0]} covers its first token, which no token predicts; "
-            "begin each sequence with a token that is not a target, such as the beginning-of-sequence token"
-        )
-    count = int(mask_N.sum())
-    if count == 0:
-        raise DataError(f"the mask covers none of the batch's {len(mask_N)} tokens; there is nothing to learn from")
-    return count

@@ -22,7 +22,7 @@ from align_convert.layout import Rank
 from align_core.config import LossConfig, TrainerConfig
 from align_core.errors import AlignError, ConfigError, DataError, LayoutError
 from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
-from align_core.megatron.losses import Output, prepare_loss
+from align_core.megatron.losses import prepare_loss
 from align_core.megatron.microbatch import MicroBatch, pack
 from align_core.megatron.model import DTYPES, build_model, layout_of, load_weights, plan_of
 from align_core.megatron.offload import Shelf
@@ -30,6 +30,7 @@ from align_core.megatron.optimizer import Optimization, check_schedule
 from align_core.megatron.packing import Unit, cut
 from align_core.megatron.parallel import RankContext, close_rank, init_rank
 from align_core.megatron.passes import Read, forward, forward_backward, read_logprobs, read_scores, read_values
+from align_core.megatron.prepared import Output
 from align_core.megatron.source import open_model, translated_errors
 from align_core.megatron.weights import HeldWeights, total_bytes, weight_metas, write_pieces
 from align_core.types import Batch, ParamMeta
@@ -127,6 +128,24 @@ class MegatronTrainer:
             "tokens": float(len(batch.tokens)),
             "seconds": time.perf_counter() - started,
         }
+
+    def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
+        """`loss` and the loss's own metrics of the whole batch, without an update; a frozen model can do it too.
+
+        Raises:
+            ConfigError: the model has the wrong head for the loss.
+            DataError: the batch does not fit the loss or the model.
+        """
+        self._weights_shelf.bring_back()
+        prepared = prepare_loss(loss, batch, head=self.model_config.head)
+        micros = self._micros(prepared.batch, unit=prepared.unit)
+        parts = []
+        with _explained(f"evaluation: {type(loss).__name__}"):
+            for micro, values in zip(micros, forward(self._module, micros, self._read(prepared.reads))):
+                if len(micro.indices):
+                    value, metrics = prepared.compute(values, micro)
+                    parts.append({"loss": value, **metrics})
+        return self._summed(parts)
 
     def weights(self) -> HeldWeights:
         """A copy of the current weights; for a world of one rank.

@@ -64,6 +64,11 @@ class RayTrainer:
         metrics: Mapping[str, float] = self._first("step", batch, loss)
         return metrics
 
+    def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
+        """See `align_core.contracts.SupportsEvaluation`."""
+        metrics: Mapping[str, float] = self._first("evaluate", batch, loss)
+        return metrics
+
     def weights(self) -> WeightSource:
         """The weights, through a file in shared memory that each rank writes its own part of."""
         return SharedMemorySource(self._workers)

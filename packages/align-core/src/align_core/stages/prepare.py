@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from align_core.config import LossConfig, PolicyConfig
-from align_core.data.examples import Example, batch_of, sft_examples
+from align_core.data.examples import Example, batch_of, encode_sft
 from align_core.data.order import indices_of_step
 from align_core.data.records import read_sft
 from align_core.stages.rewards import Scored
@@ -60,9 +60,10 @@ class Demonstrations:
     def __init__(self, config: PolicyConfig, tokenizer: Tokenizer) -> None:
         assert config.sft_data is not None
         self._config = config
-        self._examples: Sequence[Example] = sft_examples(
-            tokenizer, read_sft(config.sft_data), template=config.template, max_length=config.max_length
-        )
+        self._examples: Sequence[Example] = [
+            encode_sft(tokenizer, record, template=config.template, max_length=config.max_length)
+            for record in read_sft(config.sft_data)
+        ]
         self._drawn = 0
 
     def start(self, step: int) -> None:

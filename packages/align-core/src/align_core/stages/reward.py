@@ -5,56 +5,78 @@ from collections.abc import Sequence
 import numpy as np
 
 from align_core.config import RewardConfig, TrainerConfig
-from align_core.data.examples import Example, batch_of, ranked_examples
-from align_core.data.order import indices_of_step
+from align_core.data.dataset import Dataset, check_each, encoded
+from align_core.data.examples import Example, batch_of, encode_ranked
+from align_core.data.prefetch import prefetched
 from align_core.data.records import RankedRecord, read_ranked
+from align_core.stages.calibration import calibration, pair_margins
+from align_core.stages.clock import Clock
+from align_core.stages.held_out import Evaluation
+from align_core.stages.preflight import open_tokenizer
 from align_core.stages.run import Run
 from align_core.stages.world import Model, World
-from align_core.text import Tokenizer, load_tokenizer
+from align_core.text import Tokenizer
 from align_core.types import Batch
-
-_EVAL_RECORDS = 64  # records scored at once while evaluating; bounds the driver's memory, changes no result
 
 
 def run_reward(config: RewardConfig, world: World) -> None:
-    """Trains a scalar head and the backbone of `config.model`; accuracy on `config.eval_data` goes to result.json."""
-    tokenizer = load_tokenizer(config.model)
+    """Trains a scalar head and the backbone of `config.model`; what `config.eval_data` shows goes to result.json."""
+    tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+
+    def encode(record: RankedRecord) -> tuple[list[Example], Sequence[float]]:
+        return _encode(tokenizer, record, config), record.scores
+
     records = read_ranked(config.data)
-    held_out = read_ranked(config.eval_data) if config.eval_data else []
-    groups, held_out_groups = (_encode(tokenizer, part, config) for part in (records, held_out))
-    run = Run(config)
+    held_out = read_ranked(config.eval_data) if config.eval_data else None
+    order = records.order(batch_size=config.batch_size, seed=config.seed)
+    for part in (records, held_out):
+        if part is not None:
+            check_each(part, encode)
+    run = Run(config, data={"data": records} | ({"eval_data": held_out} if held_out else {}))
     if run.finished:
         return
     model = world.trainer(TrainerConfig.of_stage(config, head="score"))
-    for step in run.steps(model):
-        chosen = indices_of_step(step, records=len(groups), batch_size=config.batch_size, seed=config.seed)
-        batch = ranked_batch([groups[i] for i in chosen], [records[i].scores for i in chosen])
-        run.log(step, model.step(batch, config.loss))
-    accuracy = _accuracy(model, held_out_groups, held_out)
-    run.finish(model, {"records": len(records), "eval_records": len(held_out), "eval_accuracy": accuracy})
+
+    def prepare(step: int) -> Batch:
+        return ranked_batch([encoded(records, i, encode) for i in order(step)])
+
+    evaluation = Evaluation(config, model, (lambda: evaluate(model, held_out, tokenizer, config)) if held_out else None)
+    with prefetched(prepare, steps=config.steps) as batches:
+        for step in run.steps(model):
+            clock = Clock()
+            measured = evaluation.before(step)
+            clock.lap("evaluate")
+            batch = batches(step)
+            clock.lap("data")
+            metrics = model.step(batch, config.loss)
+            clock.lap("train")
+            run.log(step, {**metrics, **measured, **clock.laps})
+    result = {"records": len(records), "eval_records": len(held_out or ()), "eval_accuracy": None}
+    run.finish(model, {**result, **evaluation.at_end()})
 
 
-def ranked_batch(groups: Sequence[Sequence[Example]], scores: Sequence[Sequence[float]]) -> Batch:
+def ranked_batch(groups: Sequence[tuple[Sequence[Example], Sequence[float]]]) -> Batch:
     """All responses of some prompts end to end, with `group` (which prompt) and `label` (its score)."""
-    batch = batch_of([example for group in groups for example in group])
-    group = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
-    label = np.concatenate([np.asarray(s, dtype=np.float32) for s in scores])
+    batch = batch_of([example for examples, _ in groups for example in examples])
+    group = np.repeat(np.arange(len(groups)), [len(examples) for examples, _ in groups])
+    label = np.concatenate([np.asarray(scores, dtype=np.float32) for _, scores in groups])
     return batch.with_columns(sequences={"group": group, "label": label})
 
 
-def _encode(tokenizer: Tokenizer, records: Sequence[RankedRecord], config: RewardConfig) -> list[list[Example]]:
-    return ranked_examples(tokenizer, records, template=config.template, max_length=config.max_length)
+def evaluate(
+    model: Model, held_out: Dataset[RankedRecord], tokenizer: Tokenizer, config: RewardConfig
+) -> dict[str, float]:
+    """Accuracy and calibration over all ordered pairs of the held-out records, mean and spread of the scores."""
+    scores, margins = [], []
+    for part in held_out.parts():
+        batch = ranked_batch([(_encode(tokenizer, record, config), record.scores) for record in part])
+        found = model.scores(batch)
+        scores.append(found)
+        margins.append(pair_margins(found, batch.sequence_column("label"), batch.sequence_column("group")))
+    every = np.concatenate(scores).astype(np.float64)
+    measured = {**calibration(np.concatenate(margins)), "score_mean": every.mean(), "score_std": every.std()}
+    return {f"eval_{name}": float(value) for name, value in measured.items()}
 
 
-def _accuracy(model: Model, groups: Sequence[Sequence[Example]], records: Sequence[RankedRecord]) -> float | None:
-    """Share of ordered pairs (one response scored above another) that the model orders alike; None without pairs."""
-    right = pairs = 0
-    for first in range(0, len(groups), _EVAL_RECORDS):
-        part = slice(first, first + _EVAL_RECORDS)
-        batch = ranked_batch(groups[part], [r.scores for r in records[part]])
-        scores, label = model.scores(batch), batch.sequence_column("label").astype(np.float32)
-        same = np.equal.outer(*(2 * [batch.sequence_column("group")]))
-        better = same & np.greater.outer(label, label)
-        right += int(np.sum(better & np.greater.outer(scores, scores)))
-        pairs += int(np.sum(better))
-    return right / pairs if pairs else None
+def _encode(tokenizer: Tokenizer, record: RankedRecord, config: RewardConfig) -> list[Example]:
+    return encode_ranked(tokenizer, record, template=config.template, max_length=config.max_length)

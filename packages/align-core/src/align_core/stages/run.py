@@ -1,12 +1,16 @@
 """The output directory of one stage: where it resumes, what it logs, when it saves, how it ends.
 
 OUT/config.yaml             the settings, resolved
+OUT/data.json               the run's id, and size and hash of each data file
 OUT/metrics.jsonl           one line a step
+OUT/tensorboard/ ...        what trackers write
 OUT/samples.jsonl           some completions of each step, of the stages that sample
 OUT/checkpoints/NAME_step_N the same step of the models beside the policy (the value model); written before step_N
 OUT/checkpoints/step_N/     all that is needed to continue; the newest one counts, and each is complete
 OUT/checkpoints/...         what a stage computes once before its first step
+OUT/best/                   with keep_best: the model of the best evaluation
 OUT/model/                  the trained model as a Megatron checkpoint
+OUT/hf/                     with export hf: the same as a Hugging Face directory
 OUT/result.json             written last: the stage is finished
 """
 
@@ -15,6 +19,7 @@ import json
 import logging
 import shutil
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,15 +30,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
-from align_core.errors import CheckpointError, ConfigError
+from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency
 from align_core.stages.world import Model
+from align_core.trackers import RunInfo, Tracker, check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
 # Settings (with all below them) that may change between a run and its continuation: they change speed, place, precision
 # and tolerance, not what is computed.
 _FREE = {
-    *("out", "save_every", "parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
+    *("out", "save_every", "keep_last", "export", "trackers"),
+    *("parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
     *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
     *("engine.memory_fraction", "engine.kv_cache_mib", "engine.max_sequences", "engine.replicas", "engine.sleep"),
@@ -53,16 +60,35 @@ class Stateful(Protocol):
         ...
 
 
+class Fingerprinted(Protocol):
+    """Data that can be recognised."""
+
+    def fingerprint(self) -> list[Mapping[str, object]]:
+        """Of each file, what another file would not have."""
+        ...
+
+
 class Run:
     """One stage's run in its directory."""
 
-    def __init__(self, config: StageConfig) -> None:
-        """Opens the directory; raises ConfigError when it holds a run with other settings."""
+    def __init__(self, config: StageConfig, *, data: Mapping[str, Fingerprinted] | None = None) -> None:
+        """Opens the directory.
+
+        Args:
+            data: the setting's name and its data set; a continued run must find the same ones.
+
+        Raises:
+            ConfigError: the directory holds a run with other settings, or a tracker is not there.
+            DataError: it holds a run with other data.
+        """
         self.config = config
         self.out = config.out
         self._metrics = self.out / "metrics.jsonl"
         self._samples = self.out / "samples.jsonl"
+        self._tracker_names = check_trackers(config.trackers)
+        self._trackers: list[Tracker] = []
         self._check_settings()
+        self._id = self._check_data({name: found.fingerprint() for name, found in (data or {}).items()})
 
     @property
     def finished(self) -> bool:
@@ -80,19 +106,26 @@ class Run:
         """
         beside = beside or {}
         first = self._resume(model, beside, state)
-        with _progress() as progress:
-            task = progress.add_task(self.out.name, total=self.config.steps, completed=first)
-            for step in range(first, self.config.steps):
-                yield step
-                progress.update(task, completed=step + 1)
-                if (step + 1) % self.config.save_every == 0 and step + 1 < self.config.steps:
-                    self._save(step + 1, model, beside, state)
+        self._trackers = open_trackers(self._tracker_names, self._info(first))
+        try:
+            with _progress() as progress:
+                task = progress.add_task(self.out.name, total=self.config.steps, completed=first)
+                for step in range(first, self.config.steps):
+                    yield step
+                    progress.update(task, completed=step + 1)
+                    if (step + 1) % self.config.save_every == 0 and step + 1 < self.config.steps:
+                        self._save(step + 1, model, beside, state)
+        finally:
+            for tracker in self._trackers:
+                tracker.close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one line to metrics.jsonl and to the log; raises OSError when the disk is full."""
-        line = {"step": step, **{name: float(value) for name, value in metrics.items()}, "time": time.time()}
+        """Appends one line to metrics.jsonl, to the log and to the trackers; raises OSError when the disk is full."""
+        numbers = {name: float(value) for name, value in metrics.items()}
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, **numbers, "time": time.time()}) + "\n")
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("step %d/%d  %s", step + 1, self.config.steps, shown)
 
@@ -104,9 +137,41 @@ class Run:
     def finish(self, model: Model, result: Mapping[str, object]) -> None:
         """Exports the model, then writes result.json, then drops the checkpoints that are no longer needed."""
         model.export(self.out / "model")
+        if self.config.export == "hf":
+            _export_hf(self.out / "model", self.out / "hf")
         last = read_metrics(self.out)[-1]
         write_json(self.out / "result.json", {"steps": self.config.steps, "last_step": last, **result})
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+
+    def _info(self, first_step: int) -> RunInfo:
+        stage = type(self.config).__name__.removesuffix("Config").lower()
+        return RunInfo(
+            id=self._id,
+            name=f"{stage} {self.out.name}",
+            out=self.out,
+            settings=plain(self.config),
+            first_step=first_step,
+        )
+
+    def _check_data(self, now: Mapping[str, list[Mapping[str, object]]]) -> str:
+        """Compares the data with what the run began with; returns the run's id."""
+        path = self.out / "data.json"
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        begun = bool(before) and (self.finished or bool(_checkpoints(self.out)))
+        for name, files in now.items() if begun else ():
+            old = before["data"].get(name)
+            if old is not None and old != files:
+                raise DataError(
+                    f"{name} of the run in {self.out} has changed: {_data_change(old, files)}; "
+                    "restore the file to continue, or choose another --out"
+                )
+        if before and begun:
+            return str(before["id"])
+        if before.get("data", now) != now:  # no step was saved; what was computed belongs to the other data
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        identity = uuid.uuid4().hex
+        write_json(path, {"id": identity, "data": now})
+        return identity
 
     def _check_settings(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -120,7 +185,8 @@ class Run:
                     "repeat those settings to continue it, or choose another --out"
                 )
             if changed:  # no step was saved; what was computed before the first one belongs to the other settings
-                shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+                for computed in ("checkpoints", "best"):
+                    shutil.rmtree(self.out / computed, ignore_errors=True)
         write_text(path, yaml.safe_dump(now, sort_keys=False))
 
     def _resume(self, model: Model, beside: Mapping[str, Model], state: Stateful | None) -> int:
@@ -148,11 +214,10 @@ class Run:
             other.save(folder / f"{name}_step_{step}", {"step": str(step)})
         # Last: its presence says that the step is complete.
         model.save(folder / f"step_{step}", {"step": str(step), **(state.state() if state else {})})
-        for older in _checkpoints(self.out):
-            if older < step:
-                shutil.rmtree(folder / f"step_{older}")
-                for name in beside:
-                    shutil.rmtree(folder / f"{name}_step_{older}", ignore_errors=True)
+        for older in sorted(_checkpoints(self.out))[: -self.config.keep_last]:
+            shutil.rmtree(folder / f"step_{older}")
+            for name in beside:
+                shutil.rmtree(folder / f"{name}_step_{older}", ignore_errors=True)
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
@@ -171,6 +236,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def _export_hf(model: Path, out: Path) -> None:
+    """Writes the Hugging Face form of a finished model; on the driver's CPU, tensor by tensor."""
+    try:
+        from align_core.megatron.export import export_hf  # noqa: PLC0415  (brings torch)
+    except ModuleNotFoundError as error:
+        raise missing_dependency(str(error.name), "align-core[megatron]", needed_for="export to hf") from error
+    export_hf(model, out)
+
+
+def _data_change(before: list[dict[str, object]], now: list[Mapping[str, object]]) -> str:
+    if len(before) != len(now):
+        return f"{len(before)} files then, {len(now)} now"
+    was, found = next((old, new) for old, new in zip(before, now) if old != dict(new))
+    return ", ".join(f"{key} was {was[key]}, is {found[key]}" for key in was if was[key] != found[key])
 
 
 def plain(config: object) -> Any:

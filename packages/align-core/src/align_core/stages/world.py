@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Protocol
 
 from align_core.config import EngineConfig, TrainerConfig
-from align_core.contracts import RolloutEngine, SupportsExport, SupportsScoring, SupportsValues, Trainer
+from align_core.contracts import (
+    RolloutEngine,
+    SupportsEvaluation,
+    SupportsExport,
+    SupportsScoring,
+    SupportsValues,
+    Trainer,
+)
 
 
-class Model(Trainer, SupportsScoring, SupportsValues, SupportsExport, Protocol):
+class Model(Trainer, SupportsScoring, SupportsValues, SupportsEvaluation, SupportsExport, Protocol):
     """A trainer with every capability that stages use."""
 
 

@@ -1,0 +1,114 @@
+"""One or several files of records as one sequence, with the order in which training goes through them."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Generic, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from align_core.data.files import DataFiles, data_files
+from align_core.data.lines import LineRecords, Row
+from align_core.data.order import MixedOrder, indices_of_step
+from align_core.errors import DataError
+
+Record = TypeVar("Record")
+Order = Callable[[int], NDArray[np.int64]]
+"""step (from 0) to the indices of its records, int64 [batch_size]; a pure function."""
+
+
+class Dataset(Sequence[Record], Generic[Record]):
+    """The records of all files, one file after another."""
+
+    def __init__(self, files: Sequence[LineRecords[Record]], ratios: Sequence[float] | None = None) -> None:
+        """Args: `ratios`: share of each file in every batch; None goes through all records alike."""
+        self._files = list(files)
+        self._ratios = ratios
+        self._ends = list(accumulate(len(file) for file in files))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        file, row = self._place(index)
+        return file[row]
+
+    def parts(self, size: int = 64) -> Iterator[list[Record]]:
+        """All records in turn, `size` at a time: what is held at once bounds memory and changes no result."""
+        for indices in self.index_parts(size):
+            yield [self[i] for i in indices]
+
+    def index_parts(self, size: int = 64) -> Iterator[range]:
+        """The indices of `parts`."""
+        for first in range(0, len(self), size):
+            yield range(first, min(first + size, len(self)))
+
+    def where(self, index: int) -> str:
+        """File and line of a record, for messages."""
+        file, row = self._place(index)
+        return file.where(row)
+
+    def order(self, *, batch_size: int, seed: int) -> Order:
+        """Which records each step sees.
+
+        Raises:
+            DataError: there are fewer records than a batch needs.
+        """
+        if self._ratios is not None:
+            sizes = [len(file) for file in self._files]
+            return MixedOrder(sizes, self._ratios, batch_size=batch_size, seed=seed)
+        order = partial(indices_of_step, records=len(self), batch_size=batch_size, seed=seed)
+        order(0)
+        return order
+
+    def fingerprint(self) -> list[Mapping[str, object]]:
+        """What a continued run compares: each file's size, records and hash, not its place."""
+        return [file.fingerprint() for file in self._files]
+
+    def _place(self, index: int) -> tuple[LineRecords[Record], int]:
+        row = range(len(self))[index]
+        number = bisect_right(self._ends, row)
+        return self._files[number], row - (self._ends[number - 1] if number else 0)
+
+
+def open_dataset(
+    data: DataFiles, parse: Callable[[Row], Record], *, expected: str, name_in_directory: str
+) -> Dataset[Record]:
+    """Index and check the files that `data` names.
+
+    Raises:
+        DataError: see `data_files` and `LineRecords`.
+    """
+    files = data_files(data, name_in_directory=name_in_directory)
+    opened = [LineRecords(file.path, parse, expected=expected) for file in files]
+    ratios = [file.ratio for file in files if file.ratio is not None]
+    return Dataset(opened, ratios or None)
+
+
+def check_each(records: Dataset[Record], encode: Callable[[Record], object], *, most: int = 10_000) -> None:
+    """Encode the first records before any process starts, so that a template that refuses them is found early.
+
+    Raises:
+        DataError: with file and line of the record.
+    """
+    for index in range(min(len(records), most)):
+        encoded(records, index, encode)
+
+
+Encoded = TypeVar("Encoded")
+
+
+def encoded(records: Dataset[Record], index: int, encode: Callable[[Record], Encoded]) -> Encoded:
+    """Record `index` through `encode`; its DataError gets the record's file and line."""
+    try:
+        return encode(records[index])
+    except DataError as error:
+        raise DataError(f"{records.where(index)}: {error}") from error

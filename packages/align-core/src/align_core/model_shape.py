@@ -1,0 +1,69 @@
+"""The sizes of a model as its config.json says, for checks and estimates that need neither torch nor the weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align_core.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """A Llama-like model; layouts and architectures are checked where the model is built."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    tied_embeddings: bool
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer: attention, gated MLP, two norms."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    def parameters(self, *, head: str = "lm") -> int:
+        """Weights of the whole model, under a language-model head or a score head."""
+        output = self.hidden if head == "score" else 0 if self.tied_embeddings else self.vocab * self.hidden
+        return self.vocab * self.hidden + self.layers * self.layer_parameters + self.hidden + output
+
+
+def read_model_shape(directory: Path) -> ModelShape:
+    """From `directory`/config.json, which Hugging Face and Megatron directories both have.
+
+    Raises:
+        CheckpointError: it is not there, is no JSON, or lacks a size.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"model directory {str(directory)!r} has no config.json") from None
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
+    heads, hidden = _size(raw, "num_attention_heads", path), _size(raw, "hidden_size", path)
+    return ModelShape(
+        layers=_size(raw, "num_hidden_layers", path),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=_size(raw, "num_key_value_heads", path, default=heads),
+        head_dim=_size(raw, "head_dim", path, default=hidden // heads),
+        ffn=_size(raw, "intermediate_size", path),
+        vocab=_size(raw, "vocab_size", path),
+        max_positions=_size(raw, "max_position_embeddings", path, default=2048),
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    )
+
+
+def _size(raw: Any, key: str, path: Path, *, default: int | None = None) -> int:
+    value = raw.get(key) if isinstance(raw, dict) else None
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{str(path)!r}: {key!r} is {value!r}; it must be a whole number above 0")
+    return value
