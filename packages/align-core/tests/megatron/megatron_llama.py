@@ -1,6 +1,7 @@
 """A tiny random Llama in Hugging Face's files, batches for it, and what Hugging Face makes of them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Run:
     first: NDArray[np.float32]
     steps: list[dict[str, float]]
     last: NDArray[np.float32]
+
+
+def without_rates(step: Mapping[str, float]) -> dict[str, float]:
+    """A step's numbers without those that measure time or memory."""
+    return {name: v for name, v in step.items() if not name.startswith(("seconds", "tokens_per", "memory", "mfu"))}
 
 
 def make_llama(directory: Path, **settings: object) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from megatron_llama import ragged_batch
+from megatron_llama import ragged_batch, without_rates
 from megatron_world import run_ranks
 
 from align_core.config import Dtype, OptimizerConfig, ParallelConfig, SftLoss, TrainerConfig, TrainingConfig
@@ -134,10 +134,7 @@ def _config(
 
 
 def _steps(trainer: MegatronTrainer, first: int, last: int) -> list[dict[str, float]]:
-    found = [dict(trainer.step(ragged_batch(seed=step), SftLoss())) for step in range(first, last)]
-    for step in found:
-        step.pop("seconds")
-    return found
+    return [without_rates(trainer.step(ragged_batch(seed=step), SftLoss())) for step in range(first, last)]
 
 
 def _train_save_train(context: RankContext, directory: Path, path: Path, dtype: Dtype) -> list[dict[str, float]]:

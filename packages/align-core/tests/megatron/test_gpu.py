@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from kernel_checks import check_rotary, check_swiglu
 from megatron_llama import Run, hugging_face, ragged_batch, reference_logprobs
 from megatron_world import run_ranks
 
@@ -90,6 +91,12 @@ def _load_rank(context: RankContext, directory: Path, dtype: Dtype, path: Path) 
     return trainer.step(ragged_batch(seed=STEPS), SftLoss())["loss"]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_kernels_equal_torch(dtype: torch.dtype, tolerance: float) -> None:
+    check_swiglu("cuda", dtype, tolerance)
+    check_rotary("cuda", dtype, tolerance)
+
+
 def test_offloading_frees_the_device_and_changes_nothing(llama: Callable[..., Path]) -> None:
     plain, offloaded, left = run_ranks(_offload_rank, ParallelConfig(), llama(), device="cuda")[0]
     assert offloaded == plain
@@ -106,7 +113,7 @@ def _offload_rank(context: RankContext, directory: Path) -> tuple[list[float], l
             found.append(trainer.step(ragged_batch(seed=step), SftLoss())["loss"])
             if offload:
                 trainer.offload()
-                left = sum(parameter.untyped_storage().nbytes() for parameter in trainer._module.parameters())
+                left = sum(p.untyped_storage().nbytes() for chunk in trainer._chunks for p in chunk.parameters())
         losses.append(found)
         trainer.close()
     return losses[0], losses[1], left

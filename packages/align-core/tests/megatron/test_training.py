@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron_llama import Run, hugging_face, hugging_face_weights, ragged_batch, reference_logprobs
+from megatron_llama import Run, hugging_face, hugging_face_weights, ragged_batch, reference_logprobs, without_rates
 from megatron_world import run_ranks
 from numpy.typing import NDArray
 
@@ -163,9 +163,7 @@ def _config(
 
 def _train(trainer: MegatronTrainer) -> Run:
     first = trainer.logprobs(ragged_batch())
-    steps = [dict(trainer.step(ragged_batch(seed=step), SftLoss())) for step in range(STEPS)]
-    for step in steps:
-        step.pop("seconds")
+    steps = [without_rates(trainer.step(ragged_batch(seed=step), SftLoss())) for step in range(STEPS)]
     return Run(first=first, steps=steps, last=trainer.logprobs(ragged_batch()))
 
 

@@ -1,35 +1,44 @@
-"""Causal attention within each packed sequence, and rotary positions: the parts of the layer that are ours.
+"""Causal attention within each packed sequence, after rotary positions: megatron-core's core attention, ours.
 
-Attention is torch's: `varlen_attn` on CUDA in half precision, elsewhere scaled_dot_product_attention over sequences of
-similar length. Knows nothing about parallel ranks: heads and tokens come already cut.
+Attention is torch's: dense where all sequences have one length; for other lengths `varlen_attn` on CUDA in half
+precision, elsewhere scaled_dot_product_attention over sequences of similar length. Knows nothing about parallel ranks:
+heads and tokens come already cut.
 
 Legend: P packed tokens, G key/value heads of this rank, Q query heads (a multiple of G), D features a head.
 """
 
+import contextlib
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor, nn
-from torch.nn.attention import varlen
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
-from align_core.errors import ConfigError
 from align_core.megatron.microbatch import Packed
+from align_core.megatron.rotary import rotate
 
 _VARLEN = inspect.signature(varlen.varlen_attn).parameters
 # torch 2.10 says is_causal, later ones a window of (everything before, nothing after).
 _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _VARLEN else {"window_size": (-1, 0)}
 
+_FASTEST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
     """megatron-core's core attention over packed sequences; the constructor takes what megatron-core passes."""
 
-    def __init__(self, config: object, softmax_scale: float | None = None, **_: object) -> None:
+    def __init__(self, config: object, *, frequencies: Tensor, softmax_scale: float | None = None, **_: object) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.frequencies = frequencies  # not a buffer: bf16 models must keep it in float32
 
     def forward(
         self,
@@ -50,11 +59,15 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         Returns:
             [P, 1, Q * D].
         """
-        query, key, value = query[:, 0], key[:, 0], value[:, 0]
-        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            attended = self._varlen(query, key, value, packed_seq_params)
+        packed = packed_seq_params
+        query, key = (rotate(part[:, 0], *packed.cos_and_sin(self.frequencies)) for part in (query, key))
+        value = value[:, 0].contiguous()  # a view would keep queries and keys alive a second time
+        if packed.uniform is not None:
+            attended = self._uniform(query, key, value, packed.uniform)
+        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            attended = self._varlen(query, key, value, packed)
         else:
-            attended = self._bucketed(query, key, value, packed_seq_params)
+            attended = self._bucketed(query, key, value, packed)
         return attended.reshape(len(query), 1, -1)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
@@ -73,6 +86,14 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         assert isinstance(result, Tensor)
         return result
 
+    def _uniform(self, query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+        """Sequences of one length are a dense batch, for which torch has faster kernels."""
+        q, k, v = (part.view(-1, length, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        with sdpa_kernel(_FASTEST, set_priority=True) if query.is_cuda else contextlib.nullcontext():
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
+        return attended.transpose(1, 2).flatten(0, 1)
+
     def _bucketed(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         results = []
@@ -83,61 +104,4 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             )
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
             results.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, bucket.real))
-        assert packed.order is not None
         return torch.cat(results).index_select(0, packed.order)
-
-
-class Rotary(nn.Module):
-    """Rotary angles of packed tokens, in the place of megatron-core's RotaryEmbedding.
-
-    GPTModel first asks how many positions it needs and then for the angles of 0 .. n-1; the answer to the first
-    question is whatever the second wants, here the position of each token.
-    """
-
-    def __init__(self, frequencies: Tensor) -> None:
-        super().__init__()
-        self.frequencies = frequencies  # not a buffer: bf16 models must keep it in float32
-
-    def get_rotary_seq_len(
-        self, context: object, decoder: object, decoder_input: object, config: object, packed: Packed
-    ) -> Tensor:
-        """The packed positions, int64 [P]; what else GPTModel passes is not needed."""
-        del context, decoder, decoder_input, config
-        assert packed.positions is not None
-        return packed.positions
-
-    def forward(self, positions_P: Tensor, **_: object) -> Tensor:
-        """Angles, float32 [P, 1, 1, D]: the D/2 frequencies twice, for the two halves that rotate together."""
-        angles = torch.outer(positions_P.float(), self.frequencies)
-        return torch.cat([angles, angles], dim=-1)[:, None, None]
-
-
-def rotary_frequencies(*, head_dim: int, theta: float, scaling: Mapping[str, object] | None) -> Tensor:
-    """Radians a position turns each pair of features by, float32 [head_dim / 2].
-
-    Args:
-        scaling: Hugging Face's mapping with the key `rope_type`; None for plain rotary positions.
-    Raises:
-        ConfigError: another scaling than `linear` or `llama3`.
-    Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2; `llama3`: Llama 3.1's reference code and Hugging Face's
-        modeling_rope_utils.py: long waves are stretched by `factor`, short ones kept, with a ramp between.
-    """
-    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if scaling is None:
-        return plain
-    kind = scaling.get("rope_type")
-    if kind == "linear":
-        return plain / _number(scaling, "factor")
-    if kind != "llama3":
-        raise ConfigError(f"rope_scaling of type {kind!r} is not supported; choose 'default', 'linear' or 'llama3'")
-    low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
-    turns = _number(scaling, "original_max_position_embeddings") * plain / (2 * torch.pi)
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return (1.0 - keep) * plain / _number(scaling, "factor") + keep * plain
-
-
-def _number(scaling: Mapping[str, object], key: str) -> float:
-    value = scaling.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"rope_scaling of type {scaling.get('rope_type')!r} needs a number {key!r}, got {value!r}")
-    return float(value)

@@ -8,7 +8,7 @@ one's own runs are to be loaded: torch_dist metadata is a pickle.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def shared_directory(path: Path, context: RankContext) -> Iterator[Path]:
 def save_checkpoint(
     path: Path,
     *,
-    model: LlamaModel,
+    chunks: Sequence[LlamaModel],
     optimization: Optimization,
     config: ModelConfig,
     context: RankContext,
@@ -87,7 +87,7 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimizer, schedule, random state and `state`; every rank calls it."""
     with shared_directory(path, context) as partial:
-        content = _content(model, optimization if optimization.steps_done else None, is_loading=False)
+        content = _content(chunks, optimization if optimization.steps_done else None, is_loading=False)
         content["rng"] = _random_state(context)
         content["scheduler"] = optimization.scheduler.state_dict()
         with quiet_megatron():
@@ -104,7 +104,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: LlamaModel, optimization: Optimization, config: ModelConfig, context: RankContext
+    path: Path, *, chunks: Sequence[LlamaModel], optimization: Optimization, config: ModelConfig, context: RankContext
 ) -> dict[str, str]:
     """Continue from `save_checkpoint`; every rank calls it; returns the saved `state`.
 
@@ -114,7 +114,7 @@ def load_checkpoint(
     record = read_record(path)
     _check_model(path, record["tensors"], config)
     # AdamW has no state before its first step, so there is none to ask for.
-    content = _content(model, optimization if record["step"] else None, is_loading=True)
+    content = _content(chunks, optimization if record["step"] else None, is_loading=True)
     same_layout = record["parallel"] == _layout(context)
     if same_layout:
         content["rng"] = _random_state(context)
@@ -123,7 +123,8 @@ def load_checkpoint(
             loaded = dist_checkpointing.load(content, str(path))
     except (CheckpointingException, CheckpointException, OSError) as error:
         raise CheckpointError(f"the checkpoint {str(path)!r} cannot be read: {error}") from error
-    model.load_state_dict(loaded["model"])
+    for chunk, key in zip(chunks, _keys(chunks)):
+        chunk.load_state_dict(loaded[key])
     optimization.restore(loaded.get("optimizer"), loaded["scheduler"])
     if same_layout:
         _restore_random_state(loaded["rng"])
@@ -144,14 +145,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _content(model: LlamaModel, optimization: Optimization | None, *, is_loading: bool) -> dict[str, Any]:
+def _content(chunks: Sequence[LlamaModel], optimization: Optimization | None, *, is_loading: bool) -> dict[str, Any]:
     """The tensors of a checkpoint; when loading, the places that they go to."""
-    weights = model.sharded_state_dict()
+    content = {key: chunk.sharded_state_dict() for chunk, key in zip(chunks, _keys(chunks))}
     if optimization is None:
-        return {"model": weights}
+        return content
     # The optimizer replaces entries of the mapping that it is given.
-    states = optimization.optimizer.sharded_state_dict(dict(weights), is_loading=is_loading)
-    return {"model": weights, "optimizer": states}
+    weights = {key: dict(part) for key, part in content.items()} if len(chunks) > 1 else dict(content["model"])
+    return {**content, "optimizer": optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+
+
+def _keys(chunks: Sequence[LlamaModel]) -> list[str]:
+    """megatron-core's names for the chunks of a rank."""
+    return ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
 
 
 def _shapes(config: ModelConfig) -> dict[str, list[int]]:
@@ -171,7 +177,13 @@ def _check_model(path: Path, saved: Mapping[str, list[int]], config: ModelConfig
 
 def _layout(context: RankContext) -> dict[str, int]:
     parallel = context.parallel
-    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": parallel.data}
+    return {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "virtual": parallel.virtual,
+        "context": parallel.context,
+        "data": parallel.data,
+    }
 
 
 def _random_state(context: RankContext) -> ShardedObject:

@@ -6,7 +6,8 @@ loss sees. Knows nothing about the model and the pipeline.
 Legend: B sequences, N their tokens, P = N plus padding, L the longest of a bucket.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
+from align_core.megatron.rotary import cos_and_sin
 from align_core.types import Batch
 
 
@@ -39,11 +41,41 @@ class Packed(PackedSeqParams):  # type: ignore[misc]
     every layer, where rotation by `positions` is one operation.
     """
 
-    positions: Tensor | None = None
-    """int64 [P], position of each token in its sequence."""
-    buckets: tuple[Bucket, ...] = ()
-    order: Tensor | None = None
-    """int64 [P], where each token is among the tokens of all buckets in turn."""
+    lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64, tokens of each sequence, padding included as one more."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _angles: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def uniform(self) -> int | None:
+        """The length of all sequences, if they have one."""
+        return int(self.lengths[0]) if np.all(self.lengths == self.lengths[0]) else None
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [P], position of each token in its sequence."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        return _to(np.arange(self.lengths.sum()) - np.repeat(starts, self.lengths), self.device)
+
+    def cos_and_sin(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the angles of each token, float32 [P, D/2] each; computed for the first layer, kept for the others."""
+        if self._angles is None:
+            self._angles = cos_and_sin(self.positions, frequencies)
+        return self._angles
+
+    @cached_property
+    def _bucketing(self) -> tuple[tuple[Bucket, ...], Tensor]:
+        return _buckets(self.lengths, self.device)
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The sequences, grouped by similar length."""
+        return self._bucketing[0]
+
+    @property
+    def order(self) -> Tensor:
+        """int64 [P], where each token is among the tokens of all buckets in turn."""
+        return self._bucketing[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +129,20 @@ def pack(whole: Batch, indices: NDArray[np.int64], *, multiple: int, device: tor
 
 
 def _packed(lengths: NDArray[np.int64], device: torch.device) -> Packed:
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    cu_seqlens = _to(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
+    longest = int(lengths.max())
+    return Packed(
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=lengths,
+        device=device,
+    )
+
+
+def _buckets(lengths: NDArray[np.int64], device: torch.device) -> tuple[tuple[Bucket, ...], Tensor]:
+    starts = np.cumsum(lengths) - lengths
     buckets = []
     tokens_in_order = []
     # Sequences whose lengths need the same number of bits: none is padded to more than twice its length.
@@ -111,17 +155,7 @@ def _packed(lengths: NDArray[np.int64], device: torch.device) -> Packed:
         real = np.flatnonzero((offset < lengths[rows, None]).reshape(-1))
         buckets.append(Bucket(index=_to(index, device), real=_to(real, device), sequences=len(rows)))
         tokens_in_order.append(index[real])
-    cu_seqlens = _to(starts.astype(np.int32), device)
-    longest = int(lengths.max())
-    return Packed(
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        positions=_to(positions, device),
-        buckets=tuple(buckets),
-        order=_to(np.argsort(np.concatenate(tokens_in_order)), device),
-    )
+    return tuple(buckets), _to(np.argsort(np.concatenate(tokens_in_order)), device)
 
 
 def _to(array: NDArray[np.generic], device: torch.device) -> Tensor:

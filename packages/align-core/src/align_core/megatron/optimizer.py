@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -18,11 +20,13 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from align_core.config import Dtype, OptimizerConfig
 from align_core.errors import AlignError, ConfigError
-from align_core.megatron.model import DTYPES, LlamaModel
+from align_core.megatron.model import LlamaModel
 from align_core.megatron.quiet import quiet_megatron
+from align_core.megatron.spec import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +43,11 @@ class Optimization:
     """One rank's gradients, optimizer and schedule."""
 
     @quiet_megatron()
-    def __init__(self, model: LlamaModel, config: OptimizerConfig, *, steps: int, dtype: Dtype) -> None:
+    def __init__(self, chunks: Sequence[LlamaModel], config: OptimizerConfig, *, steps: int, dtype: Dtype) -> None:
         check_schedule(config, steps=steps)
-        self.model: Any = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False),
-            model,
-        )
-        model.config.finalize_model_grads_func = _sum_gradients
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        self.chunks: list[Any] = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+        chunks[0].config.finalize_model_grads_func = _sum_gradients
         self.optimizer: Any = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -60,9 +61,13 @@ class Optimization:
                 bf16=dtype == "bfloat16",
                 params_dtype=DTYPES[dtype],
             ),
-            [self.model],
+            self.chunks,
             use_gloo_process_groups=False,
         )
+        (self._inner,) = self.optimizer.chained_optimizers
+        if self._inner.param_groups[0]["params"][0].is_cuda:
+            for group in self._inner.optimizer.param_groups:
+                group.update(fused=True, foreach=False)  # one pass over memory, and no temporaries of the model's size
         self.scheduler: Any = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -79,6 +84,7 @@ class Optimization:
             override_opt_param_scheduler=True,
         )
         self._clip = config.clip_grad
+        self._device = next(chunks[0].parameters()).device
 
     @property
     def steps_done(self) -> int:
@@ -87,7 +93,8 @@ class Optimization:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     @quiet_megatron()
@@ -98,14 +105,14 @@ class Optimization:
             AlignError: the gradient is not finite; the weights are left as they were.
         """
         self.optimizer.prepare_grads()
-        # The norm is needed whether or not there is clipping, and must be looked at before any weight moves.
-        (optimizer,) = self.optimizer.chained_optimizers
-        norm = float(optimizer.clip_grad_norm(self._clip) if self._clip > 0 else optimizer.get_grad_norm())
+        norm = self._gradient_norm()
         if not math.isfinite(norm):
             raise AlignError(
                 f"the gradient norm of step {self.steps_done} is {norm}; "
                 "lower optimizer.lr, or look at that step's data"
             )
+        if 0 < self._clip < norm:
+            clip_grads_with_norm_(self._inner.get_parameters(), self._clip, torch.tensor(norm, device=self._device))
         rate = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
@@ -113,22 +120,26 @@ class Optimization:
 
     def state_tensors(self) -> Iterator[Tensor]:
         """Main weights that are not the model's own, and AdamW's averages: what only an update needs."""
-        own = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
+        own = {parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()}
         for group in self.optimizer.param_groups:
             for main in group["params"]:
                 if main.untyped_storage()._cdata not in own:
                     yield main
-                yield from (value for value in self._states_of(main).values() if isinstance(value, Tensor))
+                yield from (v for v in self._inner.optimizer.state.get(main, {}).values() if isinstance(v, Tensor))
 
     def gradient_tensors(self) -> Iterator[Tensor]:
         """The flat gradient buffers, whose contents are worthless between steps."""
-        for buffer in self.model.buffers:
-            yield buffer.grad_data
+        for chunk in self.chunks:
+            for buffer in chunk.buffers:
+                yield buffer.grad_data
 
-    def _states_of(self, main: Tensor) -> dict[str, Any]:
-        (optimizer,) = self.optimizer.chained_optimizers
-        states: dict[str, Any] = optimizer.optimizer.state.get(main, {})
-        return states
+    def _gradient_norm(self) -> float:
+        """Global norm over all ranks; looked at before any weight moves, clipping or not."""
+        grads = self._inner.get_main_grads_for_grad_norm()
+        own = get_total_norm(grads).to(self._device) if grads else torch.zeros((), device=self._device)
+        square = own.float() ** 2
+        dist.all_reduce(square, group=self._inner.get_grad_stats_parallel_group())
+        return math.sqrt(float(square))
 
     def restore(self, state: dict[str, Any] | None, schedule: dict[str, Any]) -> None:
         """Continue from a checkpoint, after the model has its weights.

@@ -22,20 +22,25 @@ Read = Callable[[Tensor, MicroBatch], Tensor]
 """What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N], values [N] or scores [B]."""
 
 
-def read_logprobs(vocab_size: int) -> Read:
-    """Log-prob of each token given those before it in its sequence, 0 for the first, over the real vocabulary."""
+def read_logprobs(chunk: Any, vocab_size: int) -> Read:
+    """Log-prob of each token given those before it in its sequence, 0 for the first, over the real vocabulary.
 
-    def read(logits_1PV: Tensor, micro: MicroBatch) -> Tensor:
-        of_next_N = token_logprobs(
-            logits_1PV[0, : len(micro.targets)],
-            micro.targets,
-            vocab_size=vocab_size,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-        )
+    Args:
+        chunk: the last chunk of the model, which holds the head's weight where this rank has it.
+    """
+
+    def read(hidden_1PH: Tensor, micro: MicroBatch) -> Tensor:
+        of_next_N = _next_logprobs(hidden_1PH[0, : len(micro.targets)], chunk, micro.targets, vocab_size)
         shifted_N = torch.cat([of_next_N.new_zeros(1), of_next_N[:-1]])
         return torch.where(micro.is_first, 0.0, shifted_N)
 
     return read
+
+
+def _next_logprobs(hidden_NH: Tensor, chunk: Any, targets_N: Tensor, vocab_size: int) -> Tensor:
+    weight_VH = chunk.head_weight
+    group = parallel_state.get_tensor_model_parallel_group()
+    return token_logprobs(hidden_NH @ weight_VH.t(), targets_N, vocab_size=vocab_size, tp_group=group)
 
 
 def read_scores(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
@@ -51,18 +56,18 @@ def read_values(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def forward(model: Any, micros: Sequence[MicroBatch], read: Read) -> list[Tensor]:
+def forward(chunks: Sequence[Any], micros: Sequence[MicroBatch], read: Read) -> list[Tensor]:
     """What `read` finds in each micro-batch; an empty list on all but the last pipeline stage."""
 
     def collect(micro: MicroBatch, output: Tensor, non_loss_data: bool = True) -> Tensor:
         del non_loss_data  # how the schedule calls it
         return read(output, micro) if len(micro.indices) else output.new_zeros(0)
 
-    return _run(model, micros, collect, forward_only=True)
+    return _run(chunks, micros, collect, forward_only=True)
 
 
 def forward_backward(
-    model: Any, micros: Sequence[MicroBatch], read: Read, loss: Callable[[Tensor, MicroBatch], LossOutput]
+    chunks: Sequence[Any], micros: Sequence[MicroBatch], read: Read, loss: Callable[[Tensor, MicroBatch], LossOutput]
 ) -> list[dict[str, Tensor]]:
     """Add the gradient of every micro-batch's loss, then the other ranks'; returns `loss` and metrics of each."""
 
@@ -73,20 +78,26 @@ def forward_backward(
         value, metrics = loss(read(output, micro), micro)
         return value, no_count, {"loss": value.detach(), **metrics}
 
-    return _run(model, micros, evaluate, forward_only=False)
+    return _run(chunks, micros, evaluate, forward_only=False)
 
 
 @quiet_megatron()
-def _run(model: Any, micros: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool) -> list[Any]:
+def _run(
+    chunks: Sequence[Any], micros: Sequence[MicroBatch], finish: Callable[..., Any], *, forward_only: bool
+) -> list[Any]:
     def step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
         output = chunk(input_ids=micro.tokens, position_ids=None, attention_mask=None, packed_seq_params=micro.packed)
         return output, lambda out, **how: finish(micro, out, **how)
 
-    results: list[Any] = get_forward_backward_func()(
+    interleaved = len(chunks) > 1
+    schedule = get_forward_backward_func(
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(), vp_size=len(chunks) if interleaved else None
+    )
+    results: list[Any] = schedule(
         forward_step_func=step,
-        data_iterator=iter(micros),
-        model=[model],
+        data_iterator=[iter(micros) for _ in chunks] if interleaved else iter(micros),
+        model=list(chunks),
         num_microbatches=len(micros),
         seq_length=micros[0].tokens.shape[1],  # unused: stages tell each other each micro-batch's length
         micro_batch_size=1,

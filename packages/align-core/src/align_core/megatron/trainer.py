@@ -6,7 +6,6 @@ part. Alone (world size 1) it is a complete `Trainer`. Knows nothing about stage
 
 import contextlib
 import math
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from align_core.errors import AlignError, ConfigError, DataError, LayoutError
 from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
 from align_core.megatron.losses import prepare_loss
 from align_core.megatron.microbatch import MicroBatch, pack
-from align_core.megatron.model import DTYPES, build_model, layout_of, load_weights, plan_of
+from align_core.megatron.model import build_model, layout_of, load_weights, plan_of
 from align_core.megatron.offload import Shelf
 from align_core.megatron.optimizer import Optimization, check_schedule
 from align_core.megatron.packing import Unit, cut
@@ -32,6 +31,8 @@ from align_core.megatron.parallel import RankContext, close_rank, init_rank
 from align_core.megatron.passes import Read, forward, forward_backward, read_logprobs, read_scores, read_values
 from align_core.megatron.prepared import Output
 from align_core.megatron.source import open_model, translated_errors
+from align_core.megatron.spec import DTYPES
+from align_core.megatron.throughput import StepClock
 from align_core.megatron.weights import HeldWeights, total_bytes, weight_metas, write_pieces
 from align_core.types import Batch, ParamMeta
 
@@ -60,14 +61,15 @@ class MegatronTrainer:
         self._weights_shelf, self._state_shelf, self._gradient_shelf = Shelf(), Shelf(), Shelf(keep=False)
         dtype = config.training.dtype
         try:
-            self._module = build_model(self.model_config, self.context, dtype)
+            self._chunks = build_model(self.model_config, self.context, config.training)
             with translated_errors():
-                load_weights(self._module, self.model_config, self.context, source)
+                load_weights(self._chunks, self.model_config, self.context, source)
             self._optimization: Optimization | None = None
             if config.trainable:
-                self._optimization = Optimization(self._module, config.optimizer, steps=config.steps, dtype=dtype)
+                self._optimization = Optimization(self._chunks, config.optimizer, steps=config.steps, dtype=dtype)
             else:
-                self._module.requires_grad_(False)
+                for chunk in self._chunks:
+                    chunk.requires_grad_(False)
         except BaseException:
             self.close()
             raise
@@ -80,7 +82,7 @@ class MegatronTrainer:
             DataError: a sequence or token that the model does not know.
         """
         self._need_head("lm", "log-probs")
-        return self._per_token(batch, read_logprobs(self.model_config.vocab_size), "log-probs")
+        return self._per_token(batch, self._read("logprobs"), "log-probs")
 
     def values(self, batch: Batch) -> NDArray[np.float32]:
         """float32 [N], the scalar before each token is chosen, 0 for the first of a sequence; raises as `scores`."""
@@ -93,7 +95,7 @@ class MegatronTrainer:
         self._weights_shelf.bring_back()
         micros = self._micros(batch, unit="sequence")
         result = np.zeros(len(batch), np.float32)
-        for micro, values in zip(micros, forward(self._module, micros, read_scores)):
+        for micro, values in zip(micros, forward(self._chunks, micros, read_scores)):
             result[micro.indices] = values.cpu().numpy()
         return self._joined(result)
 
@@ -101,32 +103,36 @@ class MegatronTrainer:
         """One optimizer update on the whole batch, however it is cut.
 
         Returns:
-            `loss`, `grad_norm`, `lr`, `tokens` (of the batch), `seconds`, and the loss's own metrics.
+            `loss`, `grad_norm`, `lr`, `tokens` (of the batch), the loss's own metrics, and what `StepClock` measured.
         Raises:
             ConfigError: the model is frozen, or has the wrong head for the loss.
             DataError: the batch does not fit the loss or the model.
             AlignError: loss or gradient is not finite; the weights are left as they were.
         """
-        started = time.perf_counter()
+        clock = StepClock(self.context.device)
         optimization = self._trained()
         self.reload()
-        prepared = prepare_loss(loss, batch, head=self.model_config.head)
+        prepared = prepare_loss(loss, batch, head=self.config.head)
         micros = self._micros(prepared.batch, unit=prepared.unit)
         read = self._read(prepared.reads)
         number = optimization.steps_done
         optimization.zero_grad()
+        clock.lap("prepare")
         with _explained(f"step {number}: {type(loss).__name__}"):
-            parts = forward_backward(optimization.model, micros, read, prepared.compute)
+            parts = forward_backward(optimization.chunks, micros, read, prepared.compute)
         metrics = self._summed(parts)
+        clock.lap("forward_backward")
         if not math.isfinite(metrics["loss"]):
             raise AlignError(f"the loss of step {number} is {metrics['loss']}; look at that step's data")
         update = optimization.step()
+        clock.lap("optimizer")
+        rates = clock.rates(self.model_config, batch.lengths, ranks=self.context.parallel.world_size)
         return {
             **metrics,
             "grad_norm": update.grad_norm,
             "lr": update.lr,
             "tokens": float(len(batch.tokens)),
-            "seconds": time.perf_counter() - started,
+            **rates,
         }
 
     def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
@@ -137,11 +143,11 @@ class MegatronTrainer:
             DataError: the batch does not fit the loss or the model.
         """
         self._weights_shelf.bring_back()
-        prepared = prepare_loss(loss, batch, head=self.model_config.head)
+        prepared = prepare_loss(loss, batch, head=self.config.head)
         micros = self._micros(prepared.batch, unit=prepared.unit)
         parts = []
-        with _explained(f"evaluation: {type(loss).__name__}"):
-            for micro, values in zip(micros, forward(self._module, micros, self._read(prepared.reads))):
+        with _explained(f"evaluation: {type(loss).__name__}"), torch.no_grad():
+            for micro, values in zip(micros, forward(self._chunks, micros, self._read(prepared.reads))):
                 if len(micro.indices):
                     value, metrics = prepared.compute(values, micro)
                     parts.append({"loss": value, **metrics})
@@ -183,7 +189,7 @@ class MegatronTrainer:
         self.reload()
         save_checkpoint(
             Path(path),
-            model=self._module,
+            chunks=self._chunks,
             optimization=self._trained(),
             config=self.model_config,
             context=self.context,
@@ -195,7 +201,7 @@ class MegatronTrainer:
         self.reload()
         return load_checkpoint(
             Path(path),
-            model=self._module,
+            chunks=self._chunks,
             optimization=self._trained(),
             config=self.model_config,
             context=self.context,
@@ -213,7 +219,7 @@ class MegatronTrainer:
                     config=self.model_config,
                     layout=layout,
                     rank=Rank(tp=self.context.tensor, pp=self.context.pipeline),
-                    chunks=[dict(self._module.named_parameters())],
+                    chunks=[dict(chunk.named_parameters()) for chunk in self._chunks],
                     dtype=dtype,
                 )
             dist.barrier()
@@ -228,7 +234,7 @@ class MegatronTrainer:
             self._gradient_shelf.put_away(self._optimization.gradient_tensors())
             self._state_shelf.put_away(self._optimization.state_tensors())
         if weights:
-            self._weights_shelf.put_away(self._module.parameters())
+            self._weights_shelf.put_away(weight for chunk in self._chunks for weight in chunk.parameters())
         if self.context.device.type == "cuda":
             torch.cuda.empty_cache()  # what stays in torch's cache is lost to other processes
 
@@ -242,7 +248,7 @@ class MegatronTrainer:
         if not self._open:
             return
         self._open = False
-        self.__dict__.pop("_module", None)
+        self.__dict__.pop("_chunks", None)
         self.__dict__.pop("_optimization", None)
         if self._owns_context:
             close_rank()
@@ -253,7 +259,7 @@ class MegatronTrainer:
         micros = self._micros(batch, unit="sequence")
         result = np.zeros(len(batch.tokens), np.float32)
         with _explained(what):
-            found = forward(self._module, micros, read)
+            found = forward(self._chunks, micros, read)
         for micro, values in zip(micros, found):
             for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
                 if len(part):
@@ -262,7 +268,7 @@ class MegatronTrainer:
 
     def _read(self, output: Output) -> Read:
         if output == "logprobs":
-            return read_logprobs(self.model_config.vocab_size)
+            return read_logprobs(self._chunks[-1], self.model_config.vocab_size)
         return read_scores if output == "scores" else read_values
 
     def _trained(self) -> Optimization:
@@ -310,10 +316,9 @@ class MegatronTrainer:
 
     def _summed(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics of all micro-batches and copies, key by key."""
-        own: dict[str, float] = {}
-        for part in parts if self.context.speaks else []:
-            for name, value in part.items():
-                own[name] = own.get(name, 0.0) + float(value)
+        own = _totals(parts) if self.context.speaks else {}
+        if self.context.parallel.world_size == 1:
+            return own
         everyone: list[dict[str, float]] = [{} for _ in range(self.context.parallel.world_size)]
         dist.all_gather_object(everyone, own)
         totals: dict[str, float] = {}
@@ -326,8 +331,21 @@ class MegatronTrainer:
         self._weights_shelf.bring_back()
         if self.context.data:
             return {}
-        tensors = dict(self._module.named_parameters())
-        return write_pieces(tensors, plan_of(self.model_config, self.context), metas, buffer)
+        sums: dict[str, int] = {}
+        for chunk, shards in zip(self._chunks, plan_of(self.model_config, self.context), strict=True):
+            for name, value in write_pieces(dict(chunk.named_parameters()), shards, metas, buffer).items():
+                sums[name] = (sums.get(name, 0) + value) % 2**64
+        return sums
+
+
+def _totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Sums over micro-batches, with one copy from the device."""
+    values = [(name, value) for part in parts for name, value in part.items()]
+    numbers = torch.stack([value.detach().double() for _, value in values]).tolist() if values else []
+    totals: dict[str, float] = {}
+    for (name, _), number in zip(values, numbers):
+        totals[name] = totals.get(name, 0.0) + number
+    return totals
 
 
 @contextlib.contextmanager
