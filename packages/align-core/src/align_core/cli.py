@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from align_core import __version__, registry
-from align_core.config import DpoConfig, GrpoConfig, RewardConfig, SftConfig, StageConfig
+from align_core.config import (
+    DpoConfig,
+    GrpoConfig,
+    OnlineDpoConfig,
+    PolicyConfig,
+    RewardConfig,
+    RlhfConfig,
+    SftConfig,
+    StageConfig,
+)
 from align_core.contracts import Command
 from align_core.errors import AlignError, ConfigError, missing_dependency, unknown_name
 from align_core.stages.world import World
@@ -18,7 +27,9 @@ _HELP = {
     "sft": "supervised fine-tuning on prompts and responses",
     "reward": "reward model from ranked responses",
     "dpo": "preference optimisation without sampling",
-    "grpo": "policy optimisation with a verifiable reward or a reward model",
+    "rlhf": "policy optimisation by PPO with a reward model and a value model",
+    "online-dpo": "preferences between the policy's own answers, ordered by their rewards",
+    "grpo": "policy optimisation within groups, with a verifiable reward or a reward model",
     "data": "write the stages' files from public data sets",
     "make-model": "write the models that need no download",
     "tutorial": "the whole road on a model made on the spot, ending in a report",
@@ -64,18 +75,22 @@ def _stage(name: str) -> Callable[[list[str]], int]:
         from align_core import settings  # noqa: PLC0415  (the argument parser is slow to import)
         from align_core.stages.dpo import run_dpo  # noqa: PLC0415
         from align_core.stages.grpo import run_grpo  # noqa: PLC0415
+        from align_core.stages.online_dpo import run_online_dpo  # noqa: PLC0415
         from align_core.stages.reward import run_reward  # noqa: PLC0415
+        from align_core.stages.rlhf import run_rlhf  # noqa: PLC0415
         from align_core.stages.sft import run_sft  # noqa: PLC0415
 
         stages: dict[str, tuple[type[StageConfig], Callable[..., None]]] = {
             "sft": (SftConfig, run_sft),
             "reward": (RewardConfig, run_reward),
             "dpo": (DpoConfig, run_dpo),
+            "rlhf": (RlhfConfig, run_rlhf),
+            "online-dpo": (OnlineDpoConfig, run_online_dpo),
             "grpo": (GrpoConfig, run_grpo),
         }
         config_type, stage = stages[name]
         config = settings.parse(config_type, words, stage=name)
-        if isinstance(config, GrpoConfig):
+        if isinstance(config, PolicyConfig):
             registry.check("align.engines", config.engine.name)  # before any process starts
         world = _world(config)
         try:
@@ -127,7 +142,7 @@ def _doctor(words: list[str]) -> int:
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    **{name: _stage(name) for name in ("sft", "reward", "dpo", "grpo")},
+    **{name: _stage(name) for name in ("sft", "reward", "dpo", "rlhf", "online-dpo", "grpo")},
     "data": _data,
     "make-model": _make_model,
     "tutorial": _tutorial,

@@ -741,6 +741,13 @@ class RlhfConfig(PolicyConfig):
         super().__post_init__()
         _between(self, "gamma", 0.0, 1.0)
         _between(self, "lam", 0.0, 1.0)
+        if not 0 <= self.value_warmup < self.steps:
+            raise ConfigError(f"value_warmup must be less than the {self.steps} steps, got {self.value_warmup}")
+        if self.kl.adaptive and self.kl.horizon < self.batch_size * self.sampling.n:
+            raise ConfigError(
+                f"kl.horizon {self.kl.horizon} is shorter than a step of {self.batch_size * self.sampling.n} "
+                "completions; raise it"
+            )
         if self.cluster.in_process and self.value_parallel.world_size > 1:
             raise ConfigError(
                 f"cluster.in_process runs one rank, but value_parallel asks for {self.value_parallel.world_size}; "

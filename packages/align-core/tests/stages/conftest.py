@@ -25,10 +25,13 @@ from align_core.config import (
     GrpoConfig,
     GrpoLoss,
     LossConfig,
+    OnlineDpoConfig,
     OptimizerConfig,
+    PolicyConfig,
     PpoLoss,
     RewardConfig,
     RewardLoss,
+    RlhfConfig,
     SamplingConfig,
     ScoringConfig,
     SftConfig,
@@ -317,6 +320,15 @@ ROWS = {
     "dpo": [{"prompt": f"{n}", "chosen": str(n), "rejected": "99"} for n in range(10)],
     "grpo": [{"prompt": f"What is {n}?", "answer": str(n)} for n in range(10)],
 }
+ROWS["rlhf"] = ROWS["online-dpo"] = ROWS["grpo"]
+KINDS = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "grpo": GrpoConfig,
+    "online-dpo": OnlineDpoConfig,
+    "rlhf": RlhfConfig,
+}
 
 
 @pytest.fixture
@@ -338,14 +350,15 @@ def make_config(tmp_path: Path, tiny_model: Path) -> Callable[..., StageConfig]:
             "seed": 3,
             "optimizer": OptimizerConfig(lr=1.0, schedule="linear"),
         }
-        if stage == "grpo":
+        if issubclass(KINDS[stage], PolicyConfig):
             settings |= {
                 "reward": "length",
                 "scoring": ScoringConfig(workers=0),
                 "sampling": SamplingConfig(n=3, max_tokens=5),
                 "engine": EngineConfig(name="fake", context=64),
             }
-        kinds = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "grpo": GrpoConfig}
-        return kinds[stage](**{**settings, **changes})  # type: ignore[arg-type]
+        if stage == "rlhf":
+            settings["value_optimizer"] = OptimizerConfig(lr=1.0, schedule="linear")
+        return KINDS[stage](**{**settings, **changes})  # type: ignore[arg-type]
 
     return make

@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align_core.config import StageConfig
+from align_core.config import KlConfig, StageConfig
 from align_core.stages.dpo import run_dpo
 from align_core.stages.grpo import run_grpo
 from align_core.stages.reward import run_reward
+from align_core.stages.rlhf import run_rlhf
 from align_core.stages.run import read_metrics
 from align_core.stages.sft import run_sft
 
-STAGES: dict[str, Callable[..., None]] = {"sft": run_sft, "reward": run_reward, "dpo": run_dpo, "grpo": run_grpo}
+STAGES: dict[str, Callable[..., None]] = {
+    "sft": run_sft,
+    "reward": run_reward,
+    "dpo": run_dpo,
+    "grpo": run_grpo,
+    "rlhf": run_rlhf,
+}
 pytestmark = pytest.mark.usefixtures("length")
 
 
@@ -36,7 +43,11 @@ def result(out: Path) -> dict[str, Any]:
 def test_crash_at_any_operation_changes_nothing(
     stage: str, make_config: Callable[..., StageConfig], fake_world: Callable[..., Any]
 ) -> None:
-    changes = {"eval_data": make_config("grpo").data, "eval_every": 3} if stage == "grpo" else {}
+    changes: dict[str, Any] = {}
+    if stage == "grpo":
+        changes = {"eval_data": make_config("grpo").data, "eval_every": 3}
+    if stage == "rlhf":  # so that a coefficient that is forgotten shows
+        changes["kl"] = KlConfig(coef=0.5, adaptive=True, target=0.01, horizon=12)
     undisturbed = make_config(stage, out="undisturbed", **changes)
     world = fake_world()
     STAGES[stage](undisturbed, world)

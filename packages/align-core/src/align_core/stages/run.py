@@ -211,7 +211,9 @@ class Run:
     def _save(self, step: int, model: Model, beside: Mapping[str, Model], state: Stateful | None) -> None:
         folder = self.out / "checkpoints"
         for name, other in beside.items():
-            other.save(folder / f"{name}_step_{step}", {"step": str(step)})
+            path = folder / f"{name}_step_{step}"
+            shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before it wrote step_N
+            other.save(path, {"step": str(step)})
         # Last: its presence says that the step is complete.
         model.save(folder / f"step_{step}", {"step": str(step), **(state.state() if state else {})})
         for older in sorted(_checkpoints(self.out))[: -self.config.keep_last]:
