@@ -327,23 +327,64 @@ class KtoLoss:
         _positive(self, "beta", "desirable_weight", "undesirable_weight")
 
 
+PolicyVariant = Literal[
+    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline"
+]
+# Clip ranges (low, high) of the papers; CISPO's gives no upper bound, 4 caps the weight at 5.
+_CLIPS: dict[str, tuple[float, float]] = {
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (1.0, 4.0),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class GrpoLoss:
-    """Clipped policy gradient with group-normalised advantages and a KL term (Shao et al. 2024)."""
+    """Clipped policy gradient with advantages from rewards alone: GRPO (Shao et al. 2024) and its family."""
 
-    clip_low: float = 0.2
-    """Ratios below 1 - clip_low stop pulling; PPO's and the tutorial's value."""
-    clip_high: float = 0.2
-    """Ratios above 1 + clip_high stop pulling."""
+    variant: PolicyVariant = "grpo"
+    """Which advantages, ratio and average: Dr. GRPO (no length and difficulty bias), DAPO (clip-higher), GSPO (ratio of
+    sequences), CISPO (clipped weights), RLOO (leave-one-out), REINFORCE++ (whitened over the batch; with baseline)."""
+    clip_low: float | None = None
+    """Ratios below 1 - clip_low stop pulling; null takes the variant's paper's, for grpo PPO's and the tutorial's 0.2."""
+    clip_high: float | None = None
+    """Ratios above 1 + clip_high stop pulling; null as for clip_low."""
     kl_coef: float = 0.0
     """Weight of the k3 KL to the reference in the loss; the tutorial's is 0.1, practice with verifiable rewards 0."""
+    kl_in_reward: float = 0.0
+    """Weight of the k1 KL to the reference inside the reward, as RLOO and REINFORCE++ have it."""
     normalise_std: bool = True
-    """Divide advantages by the group's standard deviation (GRPO); off is the Dr. GRPO form."""
+    """Divide advantages by the group's standard deviation; Dr. GRPO, RLOO and REINFORCE++ never do."""
+    length: int | None = None
+    """Tokens by which Dr. GRPO divides every sequence's sum; null takes sampling.max_tokens."""
+    reduction: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """How grpo averages: over all tokens of the batch (DAPO's way), or over each sequence first (the paper's)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "clip_low", "clip_high")
-        if self.kl_coef < 0:
-            raise ConfigError(f"kl_coef must not be negative, got {self.kl_coef}")
+        for name in ("clip_low", "clip_high"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        for name in ("kl_coef", "kl_in_reward"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.length is not None:
+            _positive(self, "length")
+        if self.reduction != "token_mean" and self.variant != "grpo":
+            raise ConfigError(f"reduction {self.reduction!r} is grpo's; {self.variant!r} has an average of its own")
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio counts."""
+        low, high = _CLIPS.get(self.variant, (0.2, 0.2))
+        return (
+            low if self.clip_low is None else self.clip_low,
+            high if self.clip_high is None else self.clip_high,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's log-probs enter."""
+        return self.kl_coef > 0 or self.kl_in_reward > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,9 +393,9 @@ class OnlineDpoLoss:
 
     beta: float = 0.1
     """Strength of the pull to the reference; the tutorial's."""
-    pairs: Literal["all", "best-vs-rest"] = "all"
+    pairs: Literal["all", "best_vs_rest", "best_vs_worst"] = "all"
     """Which ordered pairs of a group count; the tutorial's are all with different rewards."""
-    length_normalise: bool = True
+    length_normalised: bool = True
     """Mean instead of sum over a completion's log-ratios, as in the tutorial; no pull towards length."""
 
     def __post_init__(self) -> None:
@@ -369,9 +410,13 @@ class PpoLoss:
     """Ratios below 1 - clip_low stop pulling; the paper's and the tutorial's value."""
     clip_high: float = 0.2
     """Ratios above 1 + clip_high stop pulling."""
+    dual_clip: float | None = None
+    """Most that a token of negative advantage counts, as a ratio (Ye et al. 2020 use 3); null leaves it out."""
 
     def __post_init__(self) -> None:
         _positive(self, "clip_low", "clip_high")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ConfigError(f"dual_clip must be above 1 + clip_high = {1 + self.clip_high}, got {self.dual_clip}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -593,6 +638,32 @@ class ScoringConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Weights for the difference between the engine that sampled and the trainer that learns."""
+
+    method: Literal["none", "truncated", "masked", "negative_mask"] = "none"
+    """`truncated` importance sampling; `masked`: tokens beyond the bounds teach nothing (IcePop); `negative_mask`: bad
+    sequences that the policy has moved far from teach nothing (DeepSeek-V3.2)."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """Ratio of a token, of the whole sequence, or its geometric mean over the sequence."""
+    cap: float = 2.0
+    """Largest weight of `truncated`."""
+    low: float = 0.5
+    """Smallest ratio that `masked` keeps; IcePop's."""
+    high: float = 5.0
+    """Largest ratio that `masked` keeps; IcePop's."""
+    threshold: float = 0.1
+    """Nats a token beyond which `negative_mask` drops a sequence."""
+
+    def __post_init__(self) -> None:
+        _between(self, "low", 0.0, 1.0)
+        for name in ("cap", "high"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        _positive(self, "threshold")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyConfig(StageConfig):
     """What the stages that sample share: prompts, engine, rewards, evaluation."""
 
@@ -619,6 +690,11 @@ class PolicyConfig(StageConfig):
     """Steps between evaluations; also before the first step and after the last."""
     canary_threshold: float = 0.1
     """Largest mean |log-prob difference| between engine and trainer on the same tokens, nats, before the run stops."""
+    old_logprobs: Literal["trainer", "fused", "engine"] = "trainer"
+    """Log-probs that ratios are taken to: scored by the trainer before the update; by the update's own forward pass,
+    which saves that of scoring and is exact for one update a rollout; or the engine's (then correct nothing)."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """What is done about the difference between engine and trainer; it is always measured."""
     sft_data: Path | None = None
     """Demonstrations mixed into every update (the PPO-ptx of InstructGPT); with `sft_coef`."""
     sft_coef: float = 0.0
@@ -644,6 +720,16 @@ class PolicyConfig(StageConfig):
             raise ConfigError(
                 f"updates_per_rollout {self.updates_per_rollout} does not divide batch_size {self.batch_size} prompts"
             )
+        if self.old_logprobs == "fused" and self.updates_per_rollout > 1:
+            raise ConfigError(
+                f"old_logprobs 'fused' is exact for one update a rollout only, updates_per_rollout is "
+                f"{self.updates_per_rollout}; use 'trainer'"
+            )
+        if self.old_logprobs != "trainer" and self.correction.method != "none":
+            raise ConfigError(
+                f"correction {self.correction.method!r} compares the engine with the trainer's scoring; set "
+                "old_logprobs to 'trainer'"
+            )
         if (self.sft_coef > 0) != (self.sft_data is not None):
             raise ConfigError("sft_data and sft_coef go together: demonstrations and their weight; set both or none")
 
@@ -664,11 +750,16 @@ class GrpoConfig(PolicyConfig):
     """`align grpo`: group-relative policy optimisation with a verifiable reward or a reward model."""
 
     loss: GrpoLoss = field(default_factory=GrpoLoss)
-    """Clipping and KL."""
+    """Variant, clipping and KL."""
+    drop_tied_groups: bool = False
+    """Leave groups with equal rewards out of the update (the filter of DAPO's dynamic sampling); they teach nothing,
+    but count in the average."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_group(self)
+        if self.loss.kl_in_reward and self.old_logprobs == "fused":
+            raise ConfigError("loss.kl_in_reward needs log-probs before the update; set old_logprobs to 'trainer'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,35 +9,105 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from align_algos.advantages import gae, group_normalised, moments, whiten
-from align_algos.kl import AdaptiveKl, FixedKl, KlController, k1, k2, k3
-from align_core.config import GrpoLoss, KlConfig
+from align_algos.advantages import gae, group_normalised, leave_one_out, mixed_groups, moments, returns_to_go, whiten
+from align_algos.correction import (
+    Correction,
+    masked_importance,
+    mismatch_metrics,
+    negative_sequence_mask,
+    truncated_importance,
+)
+from align_algos.kl import AdaptiveKl, Estimator, FixedKl, KlController, kl_estimate
+from align_algos.reductions import per_token
+from align_algos.shaping import shaped_rewards
+from align_core.config import CorrectionConfig, GrpoLoss, KlConfig
 from align_core.types import Batch
 
-# Keeps advantages of nearly equal rewards finite; far below any difference between real rewards.
-STD_EPS = 1e-6
 _WHITEN_EPS = 1e-8  # added to the variance, as in the tutorial
-_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def with_group_advantages(loss: GrpoLoss, batch: Batch) -> Batch:
-    """`advantages` from the columns `reward` and `group`: each token gets that of its sequence within its group."""
-    advantages_B = group_normalised(
-        _tensor(batch.sequence_column("reward"), np.float32),
-        _tensor(batch.sequence_column("group"), np.int64),
-        eps=STD_EPS,
-        std=loss.normalise_std,
+    """`advantages` from the columns `reward` and `group`, as the variant wants them.
+
+    With `kl_in_reward` the k1 KL of `old_logprobs` to `reference_logprobs` is a cost inside the reward.
+    """
+    reward_B = _tensor(batch.sequence_column("reward"), np.float32)
+    group_B = _tensor(batch.sequence_column("group"), np.int64)
+    mask_N, offsets = _mask(batch), _offsets(batch)
+    if loss.kl_in_reward and loss.variant != "reinforce_pp":
+        kl_N = torch.from_numpy(kl_of_tokens(batch, estimator="k1"))
+        cost_B = torch.stack([part.sum() for part in kl_N.split(batch.lengths.tolist())])
+        reward_B = reward_B - loss.kl_in_reward * cost_B
+    if loss.variant == "reinforce_pp":
+        advantages_N = returns_to_go(_token_rewards(loss, batch, reward_B), mask_N, offsets, gamma=1.0)
+    elif loss.variant == "rloo":
+        advantages_N = per_token(leave_one_out(reward_B, group_B), offsets)
+    else:
+        std = loss.normalise_std and loss.variant not in ("dr_grpo", "reinforce_pp_baseline")
+        advantages_N = per_token(group_normalised(reward_B, group_B, std=std), offsets)
+    if loss.variant in ("reinforce_pp", "reinforce_pp_baseline"):
+        advantages_N = whiten(advantages_N, mask_N, moments(advantages_N, mask_N), eps=_WHITEN_EPS)
+    return batch.with_columns(tokens={"advantages": advantages_N.numpy()})
+
+
+def _token_rewards(loss: GrpoLoss, batch: Batch, reward_B: Tensor) -> Tensor:
+    """[N], the reward on the last token, the KL to the reference, where it counts, on each."""
+    zeros_N = torch.zeros(len(batch.tokens))
+    old_N, reference_N = (
+        (_column(batch, "old_logprobs"), _column(batch, "reference_logprobs"))
+        if loss.kl_in_reward
+        else (zeros_N, zeros_N)
     )
-    return batch.with_columns(tokens={"advantages": np.repeat(advantages_B.numpy(), batch.lengths)})
+    return shaped_rewards(reward_B, old_N, reference_N, _mask(batch), _offsets(batch), kl_coef=loss.kl_in_reward)
 
 
-def kl_of_tokens(batch: Batch, *, estimator: str) -> NDArray[np.float32]:
+def mixed_rows(batch: Batch) -> NDArray[np.int64]:
+    """The sequences of groups whose rewards differ."""
+    reward_B = _tensor(batch.sequence_column("reward"), np.float32)
+    return np.flatnonzero(mixed_groups(reward_B, _tensor(batch.sequence_column("group"), np.int64)).numpy())
+
+
+def kl_of_tokens(batch: Batch, *, estimator: Estimator) -> NDArray[np.float32]:
     """float32 [N], estimate of KL(policy || reference) at each sampled token, nats; 0 elsewhere."""
-    estimate = _ESTIMATORS[estimator](
-        _tensor(batch.token_column("old_logprobs"), np.float32),
-        _tensor(batch.token_column("reference_logprobs"), np.float32),
-    )
+    estimate = kl_estimate(_column(batch, "old_logprobs"), _column(batch, "reference_logprobs"), estimator=estimator)
     return np.where(batch.mask, estimate.numpy(), np.float32(0)).astype(np.float32)
+
+
+def with_correction(batch: Batch, config: CorrectionConfig) -> tuple[Batch, dict[str, float]]:
+    """`weights` for the policy's loss where a method is chosen, and how far engine and trainer are apart, always."""
+    old_N, engine_N, mask_N = _column(batch, "old_logprobs"), _column(batch, "engine_logprobs"), _mask(batch)
+    count = int(mask_N.sum())
+    if config.method == "none":
+        apart_N = torch.where(mask_N, old_N - engine_N, 0.0)
+        ones_N = torch.ones_like(apart_N).where(mask_N, torch.zeros_like(apart_N))
+        found = mismatch_metrics(apart_N, ones_N, torch.zeros_like(mask_N), mask_N, count)
+        return batch, {name: float(found[name]) for name in ("mismatch_abs", "mismatch_kl")}
+    correction = _correct(batch, config, num_tokens=count)
+    figures = {name: float(value) for name, value in correction.metrics.items()}
+    figures["effective_share"] = figures["weight"] ** 2 / max(figures.pop("weight_square"), 1e-12)
+    return batch.with_columns(tokens={"weights": correction.weights_N.numpy()}), figures
+
+
+def _correct(batch: Batch, config: CorrectionConfig, *, num_tokens: int) -> Correction:
+    old_N, engine_N = _column(batch, "old_logprobs"), _column(batch, "engine_logprobs")
+    mask_N, offsets = _mask(batch), _offsets(batch)
+    if config.method == "truncated":
+        return truncated_importance(
+            old_N, engine_N, mask_N, offsets, num_tokens=num_tokens, level=config.level, cap=config.cap
+        )
+    if config.method == "masked":
+        return masked_importance(
+            *(old_N, engine_N, mask_N, offsets),
+            num_tokens=num_tokens,
+            level=config.level,
+            low=config.low,
+            high=config.high,
+        )
+    return negative_sequence_mask(
+        *(old_N, engine_N, _column(batch, "advantages"), mask_N, offsets),
+        num_tokens=num_tokens,
+        threshold=config.threshold,
+    )
 
 
 def with_value_advantages(
@@ -49,14 +119,9 @@ def with_value_advantages(
     """
     rewards_N = np.where(batch.mask, -np.float32(kl_coef) * kl_N, np.float32(0)).astype(np.float32)
     rewards_N[batch.offsets[1:] - 1] += batch.sequence_column("reward").astype(np.float32)
-    mask_N = torch.from_numpy(batch.mask.copy())
+    mask_N = _mask(batch)
     found = gae(
-        torch.from_numpy(rewards_N),
-        _tensor(batch.token_column("old_values"), np.float32),
-        mask_N,
-        torch.from_numpy(batch.offsets.copy()),
-        gamma=gamma,
-        lam=lam,
+        torch.from_numpy(rewards_N), _column(batch, "old_values"), mask_N, _offsets(batch), gamma=gamma, lam=lam
     )
     advantages_N = found.advantages_N
     if normalise:
@@ -69,6 +134,18 @@ def make_kl_controller(config: KlConfig) -> KlController:
     if config.adaptive:
         return AdaptiveKl(initial_coef=config.coef, target=config.target, horizon=config.horizon)
     return FixedKl(coef=config.coef)
+
+
+def _column(batch: Batch, name: str) -> Tensor:
+    return _tensor(batch.token_column(name), np.float32)
+
+
+def _mask(batch: Batch) -> Tensor:
+    return _tensor(batch.mask, np.bool_)
+
+
+def _offsets(batch: Batch) -> Tensor:
+    return _tensor(batch.offsets, np.int64)
 
 
 def _tensor(column: NDArray[np.generic], dtype: type[np.generic]) -> Tensor:

@@ -4,26 +4,32 @@ Everything that needs the whole batch (counts, group advantages) is computed her
 are `align_algos`'s. Knows nothing about ranks and models.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from align_algos.errors import InputError
-from align_algos.losses import (
-    LossOutput,
-    count_pairs,
-    grpo_loss,
-    ppo_policy_loss,
-    reward_loss,
-    sft_loss,
-    value_loss,
+from align_algos.losses import LossOutput, count_pairs, reward_loss, sft_loss
+from align_core.config import (
+    DpoLoss,
+    GrpoLoss,
+    KtoLoss,
+    LossConfig,
+    OnlineDpoLoss,
+    PpoLoss,
+    RewardLoss,
+    SftLoss,
+    ValueLoss,
 )
-from align_core.config import DpoLoss, GrpoLoss, KtoLoss, LossConfig, PpoLoss, RewardLoss, SftLoss, ValueLoss
 from align_core.errors import ConfigError, DataError
-from align_core.megatron.advantages import with_group_advantages
 from align_core.megatron.microbatch import MicroBatch
+from align_core.megatron.policies import (
+    prepare_group,
+    prepare_online_dpo,
+    prepare_ppo,
+    prepare_value,
+    with_demonstrations,
+)
 from align_core.megatron.preferences import prepare_kto, prepare_pairs
 from align_core.megatron.prepared import PreparedLoss, count_targets
 from align_core.types import Batch, Head
@@ -45,7 +51,7 @@ def prepare_loss(loss: LossConfig, batch: Batch, *, head: Head) -> PreparedLoss:
         prepared = _bind(loss, batch)
     except InputError as error:
         raise DataError(f"the batch does not fit {type(loss).__name__}: {error}") from error
-    return _with_demonstrations(prepared) if "sft_weight" in batch.token_columns else prepared
+    return with_demonstrations(prepared) if "sft_weight" in batch.token_columns else prepared
 
 
 def _bind(loss: LossConfig, batch: Batch) -> PreparedLoss:  # noqa: PLR0911  (a table)
@@ -59,12 +65,13 @@ def _bind(loss: LossConfig, batch: Batch) -> PreparedLoss:  # noqa: PLR0911  (a 
         case KtoLoss():
             return prepare_kto(loss, batch)
         case GrpoLoss():
-            return _grpo(loss, batch)
+            return prepare_group(loss, batch)
+        case OnlineDpoLoss():
+            return prepare_online_dpo(loss, batch)
         case PpoLoss():
-            return _ppo(loss, batch)
+            return prepare_ppo(loss, batch)
         case ValueLoss():
-            return _value(loss, batch)
-    raise ConfigError(f"{type(loss).__name__} has no binding yet")
+            return prepare_value(loss, batch)
 
 
 def _sft(batch: Batch) -> PreparedLoss:
@@ -94,83 +101,3 @@ def _reward(loss: RewardLoss, batch: Batch) -> PreparedLoss:
         )
 
     return PreparedLoss(batch=batch, unit="group", compute=compute, reads="scores")
-
-
-def _grpo(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
-    num_tokens = count_targets(batch)
-    batch.token_column("old_logprobs")
-    if loss.kl_coef > 0:
-        batch.token_column("reference_logprobs")
-    if "advantages" not in batch.token_columns:
-        batch = with_group_advantages(loss, batch)
-    has_reference = "reference_logprobs" in batch.token_columns
-
-    def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
-        return grpo_loss(
-            logprobs_N,
-            micro.token_column("old_logprobs"),
-            micro.token_column("advantages"),
-            micro.token_column("mask").bool(),
-            num_tokens=num_tokens,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            reference_logprobs_N=micro.token_column("reference_logprobs") if has_reference else None,
-            kl_coef=loss.kl_coef,
-        )
-
-    return PreparedLoss(batch=batch, unit="sequence", compute=compute)
-
-
-def _ppo(loss: PpoLoss, batch: Batch) -> PreparedLoss:
-    num_tokens = count_targets(batch)
-    for name in ("old_logprobs", "advantages"):
-        batch.token_column(name)
-
-    def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
-        return ppo_policy_loss(
-            logprobs_N,
-            micro.token_column("old_logprobs"),
-            micro.token_column("advantages"),
-            micro.token_column("mask").bool(),
-            num_tokens=num_tokens,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-        )
-
-    return PreparedLoss(batch=batch, unit="sequence", compute=compute)
-
-
-def _value(loss: ValueLoss, batch: Batch) -> PreparedLoss:
-    num_tokens = count_targets(batch)
-    for name in ("old_values", "returns"):
-        batch.token_column(name)
-
-    def compute(values_N: Tensor, micro: MicroBatch) -> LossOutput:
-        return value_loss(
-            values_N,
-            micro.token_column("old_values"),
-            micro.token_column("returns"),
-            micro.token_column("mask").bool(),
-            num_tokens=num_tokens,
-            clip=loss.clip,
-        )
-
-    return PreparedLoss(batch=batch, unit="sequence", compute=compute, reads="values")
-
-
-def _with_demonstrations(prepared: PreparedLoss) -> PreparedLoss:
-    """The loss plus the cross-entropy of the tokens with an `sft_weight`, averaged over them, times that weight.
-
-    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 2 (PPO-ptx).
-    """
-    weight_N = prepared.batch.token_column("sft_weight").astype(np.float32)
-    num_tokens, weight = int(np.sum(weight_N > 0)), float(np.max(weight_N, initial=0.0))
-    if num_tokens == 0:
-        raise DataError("sft_weight is 0 everywhere; leave the column out, or mix demonstrations in")
-
-    def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
-        loss, metrics = prepared.compute(logprobs_N, micro)
-        imitated = sft_loss(logprobs_N, micro.token_column("sft_weight") > 0, num_tokens=num_tokens)
-        return LossOutput(loss + weight * imitated.loss, {**metrics, "sft_loss": imitated.loss.detach()})
-
-    return replace(prepared, compute=compute)

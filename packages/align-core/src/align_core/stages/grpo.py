@@ -42,7 +42,7 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
             clock.lap("generate")
             scored = rewards.score(rollout)
             clock.lap("score")
-            batch, canary = with_logprobs(scored, policy, reference, threshold=config.canary_threshold, version=step)
+            batch, canary = with_logprobs(scored, policy, reference, config, version=step)
             clock.lap("logprobs")
             if demonstrations:
                 demonstrations.start(step)

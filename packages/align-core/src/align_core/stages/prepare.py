@@ -3,37 +3,61 @@
 Knows nothing about engines and processes; the formulas that need torch are behind `align_core.megatron`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from align_core.config import LossConfig, PolicyConfig
 from align_core.data.examples import Example, batch_of, encode_sft
 from align_core.data.order import indices_of_step
 from align_core.data.records import read_sft
 from align_core.stages.rewards import Scored
-from align_core.stages.sync import compare_logprobs
+from align_core.stages.sync import check_canary, compare_logprobs
 from align_core.stages.world import Model
 from align_core.text import Tokenizer
 from align_core.types import Batch
 
 
 def with_logprobs(
-    scored: Scored, policy: Model, reference: Model | None, *, threshold: float, version: int
+    scored: Scored, policy: Model, reference: Model | None, config: PolicyConfig, *, version: int
 ) -> tuple[Batch, dict[str, float]]:
-    """The batch to train on, with the trainer's own log-probs, and how far the engine's were from them.
+    """The batch to train on: rewards, old log-probs and the reference's, and how far the engine was from the trainer.
+
+    With `old_logprobs: fused` the update's own forward pass gives the old log-probs and the distance.
 
     Raises:
-        SyncError: engine and trainer disagree by more than `threshold` nats on average.
+        SyncError: engine and trainer disagree by more than `canary_threshold` nats on average.
     """
-    batch = scored.rollout.batch
-    columns = {"old_logprobs": policy.logprobs(batch)}
+    batch = scored.rollout.batch.with_columns(sequences={"reward": scored.rewards})
+    columns: dict[str, NDArray[np.generic]] = {}
+    figures: dict[str, float] = {}
+    engine_N = batch.token_column("engine_logprobs").astype(np.float32)
+    if config.old_logprobs == "trainer":
+        own_N = policy.logprobs(batch)
+        columns["old_logprobs"] = own_N
+        canary = compare_logprobs(
+            engine_N[batch.mask], own_N[batch.mask], threshold=config.canary_threshold, version=version
+        )
+        figures = {"canary_mean": canary.mean, "canary_p99": canary.p99, "canary_max": canary.max}
+    elif config.old_logprobs == "engine":
+        columns["old_logprobs"] = engine_N
     if reference is not None:
         columns["reference_logprobs"] = reference.logprobs(batch)
-    engine_N = batch.token_column("engine_logprobs")[batch.mask].astype(np.float32)
-    canary = compare_logprobs(engine_N, columns["old_logprobs"][batch.mask], threshold=threshold, version=version)
-    batch = batch.with_columns(tokens=columns, sequences={"reward": scored.rewards})
-    return batch, {"canary_mean": canary.mean, "canary_p99": canary.p99, "canary_max": canary.max}
+    return batch.with_columns(tokens=columns), figures
+
+
+def corrected(batch: Batch, config: PolicyConfig) -> tuple[Batch, dict[str, float]]:
+    """The batch with weights against the engine's mismatch, where a method is chosen, and the figures of it."""
+    from align_core.megatron.advantages import with_correction  # noqa: PLC0415  (brings torch)
+
+    return with_correction(batch, config.correction) if config.old_logprobs == "trainer" else (batch, {})
+
+
+def check_fused_canary(metrics: Mapping[str, float], config: PolicyConfig, *, version: int) -> None:
+    """Raises SyncError where the update's own pass found engine and trainer too far apart."""
+    if config.old_logprobs == "fused":
+        check_canary(metrics["canary_mean"], threshold=config.canary_threshold, version=version)
 
 
 def parts_of(batch: Batch, updates: int) -> list[Batch]:

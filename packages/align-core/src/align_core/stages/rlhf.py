@@ -49,7 +49,7 @@ def run_rlhf(config: RlhfConfig, world: World) -> None:
             clock.lap("generate")
             scored = rewards.score(rollout)
             clock.lap("score")
-            batch, canary = with_logprobs(scored, policy, reference, threshold=config.canary_threshold, version=step)
+            batch, canary = with_logprobs(scored, policy, reference, config, version=step)
             clock.lap("logprobs")
             batch = batch.with_columns(tokens={"old_values": value.values(batch)})
             clock.lap("values")

@@ -59,10 +59,20 @@ def compare_logprobs(
     canary = Canary(
         mean=float(difference.mean()), p99=float(np.quantile(difference, 0.99)), max=float(difference.max())
     )
-    if canary.mean > threshold:
-        raise SyncError(
-            f"engine and trainer disagree on the log-probs of {len(difference)} tokens sampled by weight version "
-            f"{version}: mean {canary.mean:.4g}, p99 {canary.p99:.4g}, max {canary.max:.4g} nats, allowed mean "
-            f"{threshold:g}; use the same dtype in training and engine, or raise canary_threshold if you know why"
-        )
+    check_canary(
+        canary.mean,
+        threshold=threshold,
+        version=version,
+        further=f", p99 {canary.p99:.4g}, max {canary.max:.4g} over {len(difference)} tokens",
+    )
     return canary
+
+
+def check_canary(mean: float, *, threshold: float, version: int, further: str = "") -> None:
+    """Raises SyncError if the mean |log-prob difference| of engine and trainer, nats, is beyond `threshold`."""
+    if mean > threshold:
+        raise SyncError(
+            f"engine and trainer disagree on the log-probs of tokens sampled by weight version {version}: "
+            f"mean {mean:.4g}{further} nats, allowed mean {threshold:g}; use the same dtype in training and engine, or "
+            "raise canary_threshold if you know why"
+        )
