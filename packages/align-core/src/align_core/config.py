@@ -327,9 +327,7 @@ class KtoLoss:
         _positive(self, "beta", "desirable_weight", "undesirable_weight")
 
 
-PolicyVariant = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline"
-]
+PolicyVariant = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 # Clip ranges (low, high) of the papers; CISPO's gives no upper bound, 4 caps the weight at 5.
 _CLIPS: dict[str, tuple[float, float]] = {
     "dapo": (0.2, 0.28),
@@ -346,7 +344,7 @@ class GrpoLoss:
     """Which advantages, ratio and average: Dr. GRPO (no length and difficulty bias), DAPO (clip-higher), GSPO (ratio of
     sequences), CISPO (clipped weights), RLOO (leave-one-out), REINFORCE++ (whitened over the batch; with baseline)."""
     clip_low: float | None = None
-    """Ratios below 1 - clip_low stop pulling; null takes the variant's paper's, for grpo PPO's and the tutorial's 0.2."""
+    """Ratios below 1 - clip_low stop pulling; null takes that of the variant's paper, for grpo PPO's 0.2."""
     clip_high: float | None = None
     """Ratios above 1 + clip_high stop pulling; null as for clip_low."""
     kl_coef: float = 0.0
@@ -834,6 +832,8 @@ class RlhfConfig(PolicyConfig):
         _between(self, "lam", 0.0, 1.0)
         if not 0 <= self.value_warmup < self.steps:
             raise ConfigError(f"value_warmup must be less than the {self.steps} steps, got {self.value_warmup}")
+        if self.old_logprobs == "fused":
+            raise ConfigError("PPO's reward needs log-probs before the update; set old_logprobs to 'trainer'")
         if self.kl.adaptive and self.kl.horizon < self.batch_size * self.sampling.n:
             raise ConfigError(
                 f"kl.horizon {self.kl.horizon} is shorter than a step of {self.batch_size * self.sampling.n} "

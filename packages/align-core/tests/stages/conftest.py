@@ -26,6 +26,7 @@ from align_core.config import (
     GrpoLoss,
     LossConfig,
     OnlineDpoConfig,
+    OnlineDpoLoss,
     OptimizerConfig,
     PolicyConfig,
     PpoLoss,
@@ -163,6 +164,8 @@ def _slope(batch: Batch, logprobs: NDArray[np.float64], loss: LossConfig) -> tup
         advantage = batch.token_column("advantages").astype(np.float64)
         ratio = np.exp(logprobs - batch.token_column("old_logprobs").astype(np.float64))
         return float((-advantage * ratio)[mask].mean()), -advantage * ratio / mask.sum()
+    if isinstance(loss, OnlineDpoLoss):
+        return _preference_slope(batch, logprobs, loss)
     assert isinstance(loss, GrpoLoss)
     reward = batch.sequence_column("reward").astype(np.float64)
     _, group = np.unique(batch.sequence_column("group"), return_inverse=True)
@@ -173,6 +176,26 @@ def _slope(batch: Batch, logprobs: NDArray[np.float64], loss: LossConfig) -> tup
     if loss.kl_coef:
         slope += loss.kl_coef * (1 - np.exp(batch.token_column("reference_logprobs").astype(np.float64) - logprobs))
     return float((-advantage * ratio)[mask].mean()), slope / mask.sum()
+
+
+def _preference_slope(
+    batch: Batch, logprobs: NDArray[np.float64], loss: OnlineDpoLoss
+) -> tuple[float, NDArray[np.float64]]:
+    """DPO on the means of log-ratios over all pairs of a group with different rewards."""
+    mask, starts = batch.mask, batch.offsets[:-1]
+    ratio = np.where(mask, logprobs - batch.token_column("reference_logprobs").astype(np.float64), 0)
+    counts = np.add.reduceat(mask.astype(np.float64), starts)
+    means = np.add.reduceat(ratio, starts) / counts
+    reward, group = batch.sequence_column("reward"), batch.sequence_column("group")
+    better = np.argwhere(np.equal.outer(group, group) & np.greater.outer(reward, reward))
+    slope, total = np.zeros(len(batch)), 0.0
+    for i, j in better:
+        margin = loss.beta * (means[i] - means[j])
+        pull = -loss.beta / (1 + np.exp(margin)) / len(better)
+        slope[i] += pull
+        slope[j] -= pull
+        total += float(np.log1p(np.exp(-margin))) / len(better)
+    return total, np.repeat(slope / counts, batch.lengths)
 
 
 def _reward_step(model: FakeTrainer, batch: Batch, lr: float) -> float:

@@ -11,6 +11,7 @@ import pytest
 from align_core.config import KlConfig, StageConfig
 from align_core.stages.dpo import run_dpo
 from align_core.stages.grpo import run_grpo
+from align_core.stages.online_dpo import run_online_dpo
 from align_core.stages.reward import run_reward
 from align_core.stages.rlhf import run_rlhf
 from align_core.stages.run import read_metrics
@@ -21,6 +22,7 @@ STAGES: dict[str, Callable[..., None]] = {
     "reward": run_reward,
     "dpo": run_dpo,
     "grpo": run_grpo,
+    "online-dpo": run_online_dpo,
     "rlhf": run_rlhf,
 }
 pytestmark = pytest.mark.usefixtures("length")

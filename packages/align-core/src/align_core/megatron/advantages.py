@@ -18,7 +18,7 @@ from align_algos.correction import (
     truncated_importance,
 )
 from align_algos.kl import AdaptiveKl, Estimator, FixedKl, KlController, kl_estimate
-from align_algos.reductions import per_token
+from align_algos.reductions import per_token, segment_sum
 from align_algos.shaping import shaped_rewards
 from align_core.config import CorrectionConfig, GrpoLoss, KlConfig
 from align_core.types import Batch
@@ -36,8 +36,7 @@ def with_group_advantages(loss: GrpoLoss, batch: Batch) -> Batch:
     mask_N, offsets = _mask(batch), _offsets(batch)
     if loss.kl_in_reward and loss.variant != "reinforce_pp":
         kl_N = torch.from_numpy(kl_of_tokens(batch, estimator="k1"))
-        cost_B = torch.stack([part.sum() for part in kl_N.split(batch.lengths.tolist())])
-        reward_B = reward_B - loss.kl_in_reward * cost_B
+        reward_B = reward_B - loss.kl_in_reward * segment_sum(kl_N, offsets)
     if loss.variant == "reinforce_pp":
         advantages_N = returns_to_go(_token_rewards(loss, batch, reward_B), mask_N, offsets, gamma=1.0)
     elif loss.variant == "rloo":

@@ -4,6 +4,7 @@ value model, online DPO, and demonstrations beside any of them. Knows nothing ab
 Legend: N flat tokens, B sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +35,8 @@ from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.prepared import PreparedLoss, count_targets
 from align_core.types import Batch
 
-_OVER_TOKENS = {"dapo": dapo_loss, "cispo": cispo_loss}
-_OVER_SEQUENCES = {"gspo": gspo_loss, "rloo": rloo_loss}
+_OVER_TOKENS: dict[str, Callable[..., LossOutput]] = {"dapo": dapo_loss, "cispo": cispo_loss}
+_OVER_SEQUENCES: dict[str, Callable[..., LossOutput]] = {"gspo": gspo_loss, "rloo": rloo_loss}
 
 
 def prepare_group(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
@@ -46,6 +47,7 @@ def prepare_group(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
         DataError: a column is missing, or there is nothing to learn from.
     """
     num_tokens = count_targets(batch)
+    _check_old(batch)
     if loss.kl_coef > 0:
         batch.token_column("reference_logprobs")
     if loss.variant == "dr_grpo" and loss.length is None:
@@ -67,6 +69,7 @@ def prepare_group(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
 def prepare_ppo(loss: PpoLoss, batch: Batch) -> PreparedLoss:
     """The policy of PPO; `advantages` come with the batch."""
     num_tokens = count_targets(batch)
+    _check_old(batch)
     batch.token_column("advantages")
 
     def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
@@ -151,7 +154,7 @@ def _group_loss(
     loss: GrpoLoss, logprobs_N: Tensor, micro: MicroBatch, *, num_tokens: int, num_sequences: int
 ) -> LossOutput:
     """The variant's loss of one micro-batch, its KL term included."""
-    columns = _policy_columns(logprobs_N, micro)
+    new_N, old_N, advantages_N, mask_N = _policy_columns(logprobs_N, micro)
     low, high = loss.clip
     counts: dict[str, Any] = {
         "num_tokens": num_tokens,
@@ -160,24 +163,31 @@ def _group_loss(
         "weights_N": _optional(micro, "weights"),
     }
     reference_N = _optional(micro, "reference_logprobs")
-    kl = {"reference_logprobs_N": reference_N, "kl_coef": loss.kl_coef}
+    kl: dict[str, Any] = {"reference_logprobs_N": reference_N, "kl_coef": loss.kl_coef}
     offsets = _offsets(micro)
+    whole: dict[str, Any] = {"num_sequences": num_sequences}
     if loss.variant == "grpo":
-        return grpo_loss(
-            *columns, **counts, **kl, reduction=loss.reduction, offsets=offsets, num_sequences=num_sequences
-        )
+        whole |= {"offsets": offsets, "reduction": loss.reduction}
+        return grpo_loss(new_N, old_N, advantages_N, mask_N, **counts, **kl, **whole)
     if loss.variant == "dr_grpo":
-        return dr_grpo_loss(*columns, offsets, **counts, **kl, num_sequences=num_sequences, length=float(loss.length or 0))
+        whole["length"] = loss.length
+        return dr_grpo_loss(new_N, old_N, advantages_N, mask_N, offsets, **counts, **kl, **whole)
     if loss.variant in ("reinforce_pp", "reinforce_pp_baseline"):
-        return reinforce_pp_loss(*columns, **counts, **kl)
+        return reinforce_pp_loss(new_N, old_N, advantages_N, mask_N, **counts, **kl)
     if loss.variant in _OVER_TOKENS:
-        found = _OVER_TOKENS[loss.variant](*columns, **counts)
+        found = _OVER_TOKENS[loss.variant](new_N, old_N, advantages_N, mask_N, **counts)
     else:
-        found = _OVER_SEQUENCES[loss.variant](*columns, offsets, **counts, num_sequences=num_sequences)
+        found = _OVER_SEQUENCES[loss.variant](new_N, old_N, advantages_N, mask_N, offsets, **counts, **whole)
     if reference_N is None:
         return found
     penalty = kl_loss(logprobs_N, reference_N, _mask(micro), num_tokens=num_tokens, coef=loss.kl_coef)
     return LossOutput(found.loss + penalty.loss, {**found.metrics, **penalty.metrics})
+
+
+def _check_old(batch: Batch) -> None:
+    """A batch as it came from the engine needs no old log-probs; any other without them is a mistake."""
+    if "engine_logprobs" not in batch.token_columns:
+        batch.token_column("old_logprobs")
 
 
 def _policy_columns(logprobs_N: Tensor, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:

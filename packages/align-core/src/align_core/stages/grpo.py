@@ -6,54 +6,54 @@ family: which advantages, which ratio, which average.
 """
 
 from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
 
 from align_core.config import GrpoConfig, TrainerConfig
-from align_core.stages.evaluation import Evaluation
-from align_core.stages.prepare import open_demonstrations, update, with_logprobs
+from align_core.stages.clock import Clock
+from align_core.stages.collect import Collector
+from align_core.stages.prepare import check_fused_canary, corrected, open_demonstrations, update, with_logprobs
 from align_core.stages.rewards import Rewards
-from align_core.stages.rollout import Prompts, collect, training_sampling
+from align_core.stages.rollout import Prompts
 from align_core.stages.run import Run
-from align_core.stages.seeing import Clock, describe, rates, sample_rows
-from align_core.stages.sync import synchronise
+from align_core.stages.seeing import Reporter
 from align_core.stages.world import World
+from align_core.types import Batch
 
 
 def run_grpo(config: GrpoConfig, world: World) -> None:
     """Trains `config.model` on the prompts in `config.data`; the result is a Megatron checkpoint in OUT/model."""
     prompts = Prompts(config)
     demonstrations = open_demonstrations(config, prompts.tokenizer)
-    run = Run(config)
+    run = Run(config, data=prompts.data)
     if run.finished:
         return
+    loss = replace(config.loss, length=config.loss.length or config.sampling.max_tokens)
     with closing(Rewards(config, world, prompts.tokenizer)) as rewards:
         policy = world.trainer(TrainerConfig.of_stage(config, updates_per_step=config.updates_per_rollout))
-        reference = world.trainer(TrainerConfig.of_stage(config, trainable=False)) if config.loss.kl_coef else None
-        engine = world.engine(config.model, config.engine)
-        evaluation = Evaluation(config, engine, prompts, rewards)
-        sampling = training_sampling(config)
+        reference = world.trainer(TrainerConfig.of_stage(config, trainable=False)) if loss.needs_reference else None
+        collector = Collector(config, world, prompts, rewards)
+        reporter = Reporter(run, config, prompts.tokenizer)
         for step in run.steps(policy):
             clock = Clock()
-            # Version = steps done: what the engine samples with is what the policy was after that many steps.
-            synchronise(policy.weights(), engine.weight_sink(), version=step)
-            clock.lap("sync")
-            evaluated = evaluation.at(step)
-            clock.lap("evaluate")
-            rollout = collect(engine, prompts.of_step(step), sampling=sampling, version=step)
-            clock.lap("generate")
-            scored = rewards.score(rollout)
-            clock.lap("score")
+            scored, evaluated = collector.collect(step, policy, clock)
             batch, canary = with_logprobs(scored, policy, reference, config, version=step)
             clock.lap("logprobs")
-            if demonstrations:
-                demonstrations.start(step)
-            metrics = update(
-                policy, batch, config.loss, updates=config.updates_per_rollout, demonstrations=demonstrations
-            )
+            batch = with_advantages(batch, config)
+            batch, mismatch = corrected(batch, config)
+            metrics = update(policy, batch, loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
-            run.samples(step, sample_rows(scored, prompts.tokenizer, count=config.samples))
-            run.log(
-                step,
-                {**describe(scored), **evaluated, **metrics, **canary, **clock.laps, **rates(scored, clock.laps)},
-            )
-        evaluated = evaluation.of_finished(policy)
+            reporter.step(step, scored, clock, {**evaluated, **metrics, **canary, **mismatch})
+            check_fused_canary(metrics, config, version=step)
+        evaluated = collector.evaluate_finished(policy)
         run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})
+
+
+def with_advantages(batch: Batch, config: GrpoConfig) -> Batch:
+    """The batch with `advantages` over the whole rollout; without tied groups, where the config says so."""
+    from align_core.megatron.advantages import mixed_rows, with_group_advantages  # noqa: PLC0415  (brings torch)
+
+    batch = with_group_advantages(config.loss, batch)
+    rows = mixed_rows(batch) if config.drop_tied_groups else np.arange(len(batch))
+    return batch.select(rows) if 0 < len(rows) < len(batch) else batch

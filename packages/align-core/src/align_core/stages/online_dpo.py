@@ -7,13 +7,13 @@ DPO's, against the frozen model that training started from. Groups with equal re
 from contextlib import closing
 
 from align_core.config import OnlineDpoConfig, TrainerConfig
-from align_core.stages.evaluation import Evaluation
-from align_core.stages.prepare import open_demonstrations, update, with_logprobs
+from align_core.stages.clock import Clock
+from align_core.stages.collect import Collector
+from align_core.stages.prepare import check_fused_canary, open_demonstrations, update, with_logprobs
 from align_core.stages.rewards import Rewards
-from align_core.stages.rollout import Prompts, collect, training_sampling
+from align_core.stages.rollout import Prompts
 from align_core.stages.run import Run
-from align_core.stages.seeing import Clock, describe, rates, sample_rows
-from align_core.stages.sync import synchronise
+from align_core.stages.seeing import Reporter
 from align_core.stages.world import World
 
 
@@ -21,35 +21,22 @@ def run_online_dpo(config: OnlineDpoConfig, world: World) -> None:
     """Trains `config.model` on the prompts in `config.data`; the result is a Megatron checkpoint in OUT/model."""
     prompts = Prompts(config)
     demonstrations = open_demonstrations(config, prompts.tokenizer)
-    run = Run(config)
+    run = Run(config, data=prompts.data)
     if run.finished:
         return
     with closing(Rewards(config, world, prompts.tokenizer)) as rewards:
         policy = world.trainer(TrainerConfig.of_stage(config, updates_per_step=config.updates_per_rollout))
         reference = world.trainer(TrainerConfig.of_stage(config, trainable=False))
-        engine = world.engine(config.model, config.engine)
-        evaluation = Evaluation(config, engine, prompts, rewards)
-        sampling = training_sampling(config)
+        collector = Collector(config, world, prompts, rewards)
+        reporter = Reporter(run, config, prompts.tokenizer)
         for step in run.steps(policy):
             clock = Clock()
-            synchronise(policy.weights(), engine.weight_sink(), version=step)
-            clock.lap("sync")
-            evaluated = evaluation.at(step)
-            clock.lap("evaluate")
-            rollout = collect(engine, prompts.of_step(step), sampling=sampling, version=step)
-            clock.lap("generate")
-            scored = rewards.score(rollout)
-            clock.lap("score")
+            scored, evaluated = collector.collect(step, policy, clock)
             batch, canary = with_logprobs(scored, policy, reference, config, version=step)
             clock.lap("logprobs")
-            if demonstrations:
-                demonstrations.start(step)
-            metrics = update(
-                policy, batch, config.loss, updates=config.updates_per_rollout, demonstrations=demonstrations
-            )
+            metrics = update(policy, batch, config.loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
-            run.samples(step, sample_rows(scored, prompts.tokenizer, count=config.samples))
-            figures = {**describe(scored), **evaluated, **metrics, **canary}
-            run.log(step, {**figures, **clock.laps, **rates(scored, clock.laps)})
-        evaluated = evaluation.of_finished(policy)
+            reporter.step(step, scored, clock, {**evaluated, **metrics, **canary})
+            check_fused_canary(metrics, config, version=step)
+        evaluated = collector.evaluate_finished(policy)
         run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})

@@ -3,14 +3,15 @@
 Knows nothing about engines and processes; the formulas that need torch are behind `align_core.megatron`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from align_core.config import LossConfig, PolicyConfig
-from align_core.data.examples import Example, batch_of, encode_sft
-from align_core.data.order import indices_of_step
+from align_core.data.dataset import check_each, encoded
+from align_core.data.examples import batch_of, encode_sft
 from align_core.data.records import read_sft
 from align_core.stages.rewards import Scored
 from align_core.stages.sync import check_canary, compare_logprobs
@@ -68,13 +69,19 @@ def parts_of(batch: Batch, updates: int) -> list[Batch]:
 
 
 def update(
-    model: Model, batch: Batch, loss: LossConfig, *, updates: int, demonstrations: "Demonstrations | None" = None
+    model: Model,
+    batch: Batch,
+    loss: LossConfig,
+    config: PolicyConfig,
+    *,
+    step: int,
+    demonstrations: "Demonstrations | None" = None,
 ) -> dict[str, float]:
-    """One or several optimizer updates on a rollout, each on its own prompts; metrics are their means."""
-    steps = [
-        model.step(demonstrations.mixed_into(part) if demonstrations else part, loss)
-        for part in parts_of(batch, updates)
-    ]
+    """`updates_per_rollout` optimizer updates, each on its own prompts; metrics are their means."""
+    steps = []
+    for number, part in enumerate(parts_of(batch, config.updates_per_rollout)):
+        draw = step * config.updates_per_rollout + number
+        steps.append(model.step(demonstrations.mixed_into(part, draw=draw) if demonstrations else part, loss))
     return {name: float(np.mean([metrics[name] for metrics in steps])) for name in steps[0]}
 
 
@@ -83,23 +90,16 @@ class Demonstrations:
 
     def __init__(self, config: PolicyConfig, tokenizer: Tokenizer) -> None:
         assert config.sft_data is not None
-        self._config = config
-        self._examples: Sequence[Example] = [
-            encode_sft(tokenizer, record, template=config.template, max_length=config.max_length)
-            for record in read_sft(config.sft_data)
-        ]
-        self._drawn = 0
+        self._weight = config.sft_coef
+        self.records = read_sft(config.sft_data)
+        self._encode = partial(encode_sft, tokenizer, template=config.template, max_length=config.max_length)
+        self._order = self.records.order(batch_size=config.sft_batch_size, seed=config.seed + 1)
+        check_each(self.records, self._encode)
 
-    def start(self, step: int) -> None:
-        """The next draws are those of `step`."""
-        self._drawn = step * self._config.updates_per_rollout
-
-    def mixed_into(self, batch: Batch) -> Batch:
+    def mixed_into(self, batch: Batch, *, draw: int) -> Batch:
         """The batch, then demonstrations: `sft_weight` on their responses, other columns 0, groups of their own."""
-        size = self._config.sft_batch_size
-        chosen = indices_of_step(self._drawn, records=len(self._examples), batch_size=size, seed=self._config.seed + 1)
-        self._drawn += 1
-        return joined(batch, batch_of([self._examples[i] for i in chosen]), weight=self._config.sft_coef)
+        examples = [encoded(self.records, i, self._encode) for i in self._order(draw).tolist()]
+        return joined(batch, batch_of(examples), weight=self._weight)
 
 
 def open_demonstrations(config: PolicyConfig, tokenizer: Tokenizer) -> Demonstrations | None:

@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 
 from align_core.config import KlConfig, RlhfConfig, TrainerConfig
-from align_core.stages.evaluation import Evaluation
-from align_core.stages.prepare import Demonstrations, open_demonstrations, update, with_logprobs
+from align_core.stages.clock import Clock
+from align_core.stages.collect import Collector
+from align_core.stages.prepare import corrected, open_demonstrations, update, with_logprobs
 from align_core.stages.rewards import Rewards
-from align_core.stages.rollout import Prompts, collect, training_sampling
+from align_core.stages.rollout import Prompts
 from align_core.stages.run import Run
-from align_core.stages.seeing import Clock, describe, rates, sample_rows
-from align_core.stages.sync import synchronise
+from align_core.stages.seeing import Reporter
 from align_core.stages.world import Model, World
 from align_core.types import Batch
 
@@ -27,7 +27,7 @@ def run_rlhf(config: RlhfConfig, world: World) -> None:
     """Trains `config.model` on the prompts in `config.data`; the result is a Megatron checkpoint in OUT/model."""
     prompts = Prompts(config)
     demonstrations = open_demonstrations(config, prompts.tokenizer)
-    run = Run(config)
+    run = Run(config, data=prompts.data)
     if run.finished:
         return
     with closing(Rewards(config, world, prompts.tokenizer)) as rewards:
@@ -35,31 +35,23 @@ def run_rlhf(config: RlhfConfig, world: World) -> None:
         reference = world.trainer(TrainerConfig.of_stage(config, trainable=False))
         value = world.trainer(value_config(config))
         kl = SteeredKl(config.kl)
-        engine = world.engine(config.model, config.engine)
-        evaluation = Evaluation(config, engine, prompts, rewards)
-        sampling = training_sampling(config)
+        collector = Collector(config, world, prompts, rewards)
+        reporter = Reporter(run, config, prompts.tokenizer)
         for step in run.steps(policy, beside={"value": value}, state=kl):
             clock = Clock()
-            # Version = steps done: what the engine samples with is what the policy was after that many steps.
-            synchronise(policy.weights(), engine.weight_sink(), version=step)
-            clock.lap("sync")
-            evaluated = evaluation.at(step)
-            clock.lap("evaluate")
-            rollout = collect(engine, prompts.of_step(step), sampling=sampling, version=step)
-            clock.lap("generate")
-            scored = rewards.score(rollout)
-            clock.lap("score")
+            scored, evaluated = collector.collect(step, policy, clock)
             batch, canary = with_logprobs(scored, policy, reference, config, version=step)
             clock.lap("logprobs")
             batch = batch.with_columns(tokens={"old_values": value.values(batch)})
             clock.lap("values")
             batch, penalty = with_advantages(batch, config, kl)
-            metrics = _train(policy, value, batch, config, step=step, demonstrations=demonstrations)
+            batch, mismatch = corrected(batch, config)
+            metrics = update_value(value, batch, config, step=step)
+            if step >= config.value_warmup:
+                metrics |= update(policy, batch, config.loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
-            run.samples(step, sample_rows(scored, prompts.tokenizer, count=config.samples))
-            figures = {**describe(scored), **evaluated, **metrics, **penalty, **canary}
-            run.log(step, {**figures, **clock.laps, **rates(scored, clock.laps)})
-        evaluated = evaluation.of_finished(policy)
+            reporter.step(step, scored, clock, {**evaluated, **metrics, **penalty, **canary, **mismatch})
+        evaluated = collector.evaluate_finished(policy)
         value.export(run.out / "value")
         run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})
 
@@ -130,19 +122,12 @@ def with_advantages(batch: Batch, config: RlhfConfig, kl: SteeredKl) -> tuple[Ba
     return batch, figures
 
 
-def _train(
-    policy: Model, value: Model, batch: Batch, config: RlhfConfig, *, step: int, demonstrations: Demonstrations | None
-) -> dict[str, float]:
-    """Updates of the value model, and after its warm-up of the policy."""
-    updates = config.updates_per_rollout
-    found = update(value, batch, config.value_loss, updates=updates)
+def update_value(value: Model, batch: Batch, config: RlhfConfig, *, step: int) -> dict[str, float]:
+    """Updates of the value model; its metrics begin with `value_`."""
+    found = update(value, batch, config.value_loss, config, step=step)
     metrics = {f"value_{name.removeprefix('value_')}": number for name, number in found.items() if name != "seconds"}
     if {"squared_error", "squared_return", "return", "value"} <= found.keys():
         metrics["value_explained"] = explained_variance(found)
-    if step >= config.value_warmup:
-        if demonstrations:
-            demonstrations.start(step)
-        metrics |= update(policy, batch, config.loss, updates=updates, demonstrations=demonstrations)
     return metrics
 
 

@@ -6,17 +6,20 @@ its own. Knows nothing about rewards, losses and processes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from align_core.config import PolicyConfig, SamplingConfig
 from align_core.contracts import RolloutEngine
-from align_core.data.order import indices_of_step
+from align_core.data.dataset import Dataset, check_each, encoded
 from align_core.data.records import PromptRecord, read_prompts
 from align_core.errors import DataError, WorkerError
+from align_core.stages.preflight import open_tokenizer
+from align_core.stages.run import Fingerprinted
 from align_core.stages.sync import check_versions
-from align_core.text import Tokenizer, load_tokenizer, render_prompt
+from align_core.text import Tokenizer, render_prompt
 from align_core.types import Batch, Completion, Prompt
 
 
@@ -48,32 +51,41 @@ class Rollout:
 
 
 class Prompts:
-    """The stage's prompts and held-out prompts, read, checked and tokenized before anything starts."""
+    """The stage's prompts and held-out prompts, opened and checked before anything starts."""
 
     def __init__(self, config: PolicyConfig) -> None:
         """Raises DataError for a bad file, or when `sampling.max_tokens` leaves no room for a prompt."""
-        self.tokenizer: Tokenizer = load_tokenizer(config.model)
-        self._config = config
+        self.tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+        self._encode = partial(_encode, tokenizer=self.tokenizer, template=config.template, max_tokens=_room(config))
+        self._size = config.batch_size
+        self._first_held_out = config.steps * config.batch_size
         self.records = read_prompts(config.data)
-        self.held_out = read_prompts(config.eval_data) if config.eval_data else []
-        self._tokens = _encode(self.tokenizer, self.records, config)
-        self._held_out_tokens = _encode(self.tokenizer, self.held_out, config)
+        self.held_out = read_prompts(config.eval_data) if config.eval_data else None
+        self._order = self.records.order(batch_size=config.batch_size, seed=config.seed)
+        check_each(self.records, self._encode)
+        if self.held_out:
+            check_each(self.held_out, self._encode)
+
+    @property
+    def data(self) -> dict[str, Fingerprinted]:
+        """What a continued run must find again."""
+        found: dict[str, Fingerprinted] = {"data": self.records}
+        return found | ({"eval_data": self.held_out} if self.held_out else {})
 
     def of_step(self, step: int) -> list[Question]:
         """The questions of one step; their prompt ids occur in no other step."""
-        size = self._config.batch_size
-        chosen = indices_of_step(step, records=len(self.records), batch_size=size, seed=self._config.seed)
-        return [
-            Question(prompt=Prompt(id=step * size + k, tokens=self._tokens[i]), record=self.records[i])
-            for k, i in enumerate(chosen)
-        ]
+        return self._questions(self.records, self._order(step).tolist(), first_id=step * self._size)
 
     def for_evaluation(self) -> list[Question]:
         """The held-out questions, with ids beyond those of all training prompts."""
-        first = self._config.steps * self._config.batch_size
+        if self.held_out is None:
+            return []
+        return self._questions(self.held_out, range(len(self.held_out)), first_id=self._first_held_out)
+
+    def _questions(self, source: Dataset[PromptRecord], indices: Sequence[int], *, first_id: int) -> list[Question]:
         return [
-            Question(prompt=Prompt(id=first + k, tokens=tokens), record=record)
-            for k, (tokens, record) in enumerate(zip(self._held_out_tokens, self.held_out))
+            Question(prompt=Prompt(id=first_id + k, tokens=encoded(source, i, self._encode)), record=source[i])
+            for k, i in enumerate(indices)
         ]
 
 
@@ -125,11 +137,16 @@ def rollout_batch(prompts: Sequence[Prompt], completions: Sequence[Completion]) 
     )
 
 
-def _encode(tokenizer: Tokenizer, records: Sequence[PromptRecord], config: PolicyConfig) -> list[NDArray[np.int32]]:
+def _encode(record: PromptRecord, *, tokenizer: Tokenizer, template: str, max_tokens: int) -> NDArray[np.int32]:
+    return render_prompt(tokenizer, record.prompt, template=template, max_tokens=max_tokens)
+
+
+def _room(config: PolicyConfig) -> int:
+    """Most tokens of a prompt."""
     room = min(config.max_length, config.engine.context) - config.sampling.max_tokens
     if room < 1:
         raise DataError(
             f"sampling.max_tokens {config.sampling.max_tokens} leaves no room for a prompt in the shorter of "
             f"max_length {config.max_length} and engine.context {config.engine.context}; lower it"
         )
-    return [render_prompt(tokenizer, r.prompt, template=config.template, max_tokens=room) for r in records]
+    return room

@@ -1,12 +1,26 @@
-"""What a person sees of a sampling stage: figures of a rollout, sample completions, seconds by phase."""
+"""What a person sees of a sampling stage: figures of a rollout, sample completions."""
 
-import time
 from collections.abc import Mapping
 
 import numpy as np
 
+from align_core.config import PolicyConfig
+from align_core.stages.clock import Clock
 from align_core.stages.rewards import Scored
+from align_core.stages.run import Run
 from align_core.text import Tokenizer
+
+
+class Reporter:
+    """Writes each step's figures and sample completions."""
+
+    def __init__(self, run: Run, config: PolicyConfig, tokenizer: Tokenizer) -> None:
+        self._run, self._config, self._tokenizer = run, config, tokenizer
+
+    def step(self, step: int, scored: Scored, clock: Clock, figures: Mapping[str, float]) -> None:
+        """Logs one step: its completions, `figures` of the stage's own, seconds by phase; and sample completions."""
+        self._run.samples(step, sample_rows(scored, self._tokenizer, count=self._config.samples))
+        self._run.log(step, {**describe(scored), **figures, **clock.laps, **rates(scored, clock.laps)})
 
 
 def describe(scored: Scored) -> dict[str, float]:
@@ -58,17 +72,3 @@ def sample_rows(scored: Scored, tokenizer: Tokenizer, *, count: int) -> list[dic
             }
         )
     return rows
-
-
-class Clock:
-    """Seconds by phase, as `seconds_NAME`."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """The phase that ends now was `name`."""
-        now = time.perf_counter()
-        self.laps[f"seconds_{name}"] = self.laps.get(f"seconds_{name}", 0.0) + now - self._last
-        self._last = now

@@ -63,16 +63,17 @@ def compare_logprobs(
         canary.mean,
         threshold=threshold,
         version=version,
-        further=f", p99 {canary.p99:.4g}, max {canary.max:.4g} over {len(difference)} tokens",
+        tokens=f"{len(difference)} tokens",
+        further=f", p99 {canary.p99:.4g}, max {canary.max:.4g}",
     )
     return canary
 
 
-def check_canary(mean: float, *, threshold: float, version: int, further: str = "") -> None:
+def check_canary(mean: float, *, threshold: float, version: int, tokens: str = "the tokens", further: str = "") -> None:
     """Raises SyncError if the mean |log-prob difference| of engine and trainer, nats, is beyond `threshold`."""
     if mean > threshold:
         raise SyncError(
-            f"engine and trainer disagree on the log-probs of tokens sampled by weight version {version}: "
+            f"engine and trainer disagree on the log-probs of {tokens} sampled by weight version {version}: "
             f"mean {mean:.4g}{further} nats, allowed mean {threshold:g}; use the same dtype in training and engine, or "
             "raise canary_threshold if you know why"
         )
