@@ -37,7 +37,7 @@ class RecomputingMLP(MLP):  # type: ignore[misc]
 
     def forward(self, hidden: Tensor, **_: object) -> tuple[Tensor, None]:
         """As megatron-core's MLP without biases."""
-        checkpoint = CheckpointWithoutOutput()
+        checkpoint = CheckpointWithoutOutput(fp8=None)
         gate_up, _none = self.linear_fc1(hidden)
         output, _none = self.linear_fc2(checkpoint.checkpoint(self.activation_func, gate_up))
         checkpoint.discard_output_and_register_recompute(output)
@@ -126,10 +126,9 @@ def layer_spec(config: ModelConfig, training: TrainingConfig, rotary: Tensor) ->
 
 
 def _recompute(training: TrainingConfig) -> dict[str, Any]:
+    """megatron-core's part of it; its selective recompute of norms needs Transformer Engine."""
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if training.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     return {}
 
 
