@@ -23,6 +23,7 @@ from align_algos.correction import (
 from align_algos.errors import (
     InputError,
 )
+from align_algos.fused import FusedOutput, fused_cross_entropy, fused_logprobs
 from align_algos.kl import (
     AdaptiveKl,
     FixedKl,
@@ -95,6 +96,7 @@ __all__ = [
     "AdaptiveKl",
     "Correction",
     "FixedKl",
+    "FusedOutput",
     "GaeOutput",
     "InputError",
     "KlController",
@@ -113,6 +115,8 @@ __all__ = [
     "entropy_loss",
     "exp_ratio",
     "flatten",
+    "fused_cross_entropy",
+    "fused_logprobs",
     "gae",
     "get_loss",
     "group_normalised",

@@ -12,33 +12,28 @@ that are real tokens.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align_algos.checks import check_number
-from align_algos.errors import InputError
+from align_algos.vocabulary import (
+    VocabularySlice,
+    check_matrix,
+    check_rows,
+    check_targets,
+    own_columns,
+    summed,
+    vocabulary_slice,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # 64 MB a float32 temporary: enough to fill a GPU, little beside the logits of a batch (32k tokens x 32k: 2 GB in bf16).
 CHUNK_ELEMENTS = 1 << 24
-
-
-class _Slice(NamedTuple):
-    """The part of the vocabulary that this rank holds, and how to scale it."""
-
-    first: int
-    """Token id of column 0."""
-    columns: int
-    """C: columns that are real tokens; the rest is padding of the vocabulary."""
-    vocab_size: int
-    temperature: float
-    group: "ProcessGroup | None"
 
 
 def token_logprobs(
@@ -65,8 +60,8 @@ def token_logprobs(
     Raises:
         InputError: a wrong shape, a target outside the vocabulary, or a row without a finite maximum.
     """
-    part = _vocabulary_slice(logits_NV, vocab_size, tp_group, temperature)
-    _check_targets(targets_N, logits_NV.shape[0], part.vocab_size)
+    part = _slice(logits_NV, vocab_size, tp_group, temperature)
+    check_targets(targets_N, logits_NV.shape[0], part.vocab_size)
     apply: Callable[..., Tensor] = _TokenLogprobs.apply  # torch leaves it untyped
     return apply(logits_NV, targets_N, part)
 
@@ -84,7 +79,7 @@ def token_entropy(
     Returns:
         float32 [N] (float64 for float64 logits).
     """
-    part = _vocabulary_slice(logits_NV, vocab_size, tp_group, temperature)
+    part = _slice(logits_NV, vocab_size, tp_group, temperature)
     apply: Callable[..., Tensor] = _TokenEntropy.apply
     return apply(logits_NV, part)
 
@@ -93,11 +88,11 @@ class _TokenLogprobs(torch.autograd.Function):
     """d logp / d logit_j = (1[j = target] - p_j) / temperature; backward needs no communication."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, part: _Slice) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, part: VocabularySlice) -> Tensor:
         top_N, log_mass_N = _log_normaliser(logits_NV, part)
-        own_N, column_N = _own_columns(targets_N, part)
+        own_N, column_N = own_columns(targets_N, part)
         at_target_N = logits_NV.gather(1, column_N[:, None])[:, 0].to(top_N.dtype) / part.temperature
-        at_target_N = _summed(torch.where(own_N, at_target_N, 0.0), part.group)
+        at_target_N = summed(torch.where(own_N, at_target_N, 0.0), part.group)
         ctx.save_for_backward(logits_NV, targets_N, top_N, log_mass_N)
         ctx.part = part
         return at_target_N - top_N - log_mass_N
@@ -106,7 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, targets_N, top_N, log_mass_N = ctx.saved_tensors
-        own_N, column_N = _own_columns(targets_N, ctx.part)
+        own_N, column_N = own_columns(targets_N, ctx.part)
         weight_N = grad_N / ctx.part.temperature
         grad_NV = torch.zeros_like(logits_NV)
         for rows, work in _chunks(logits_NV, ctx.part):
@@ -121,13 +116,13 @@ class _TokenEntropy(torch.autograd.Function):
     """H = - sum p log p;  d H / d logit_j = - p_j (log p_j + H) / temperature."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, part: _Slice) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, part: VocabularySlice) -> Tensor:
         top_N, log_mass_N = _log_normaliser(logits_NV, part)
         entropy_N = torch.zeros_like(top_N)
         for rows, work in _chunks(logits_NV, part):
             logprobs = _to_logprobs(work, top_N[rows], log_mass_N[rows])
             entropy_N[rows] = -_times_probability(logprobs, logprobs.exp()).sum(1)
-        entropy_N = _summed(entropy_N, part.group)
+        entropy_N = summed(entropy_N, part.group)
         ctx.save_for_backward(logits_NV, top_N, log_mass_N, entropy_N)
         ctx.part = part
         return entropy_N
@@ -146,7 +141,7 @@ class _TokenEntropy(torch.autograd.Function):
         return grad_NV, None
 
 
-def _log_normaliser(logits_NV: Tensor, part: _Slice) -> tuple[Tensor, Tensor]:
+def _log_normaliser(logits_NV: Tensor, part: VocabularySlice) -> tuple[Tensor, Tensor]:
     """Per row the highest scaled logit and log sum exp(scaled logit - highest), both over the whole vocabulary.
 
     Kept apart because their sum would round away the small differences between log-probabilities of large logits.
@@ -162,12 +157,12 @@ def _log_normaliser(logits_NV: Tensor, part: _Slice) -> tuple[Tensor, Tensor]:
     top_N = highest_N.clone()
     if part.group is not None:
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=part.group)
-    log_mass_N = _summed(mass_N * (highest_N - top_N).exp(), part.group).log()
-    _check_rows(log_mass_N)
+    log_mass_N = summed(mass_N * (highest_N - top_N).exp(), part.group).log()
+    check_rows(log_mass_N, "logits_NV")
     return top_N, log_mass_N
 
 
-def _chunks(logits_NV: Tensor, part: _Slice) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(logits_NV: Tensor, part: VocabularySlice) -> Iterator[tuple[slice, Tensor]]:
     """Row ranges, each with a fresh scaled copy of its real columns; nothing where this rank holds only padding."""
     if part.columns == 0:
         return
@@ -188,60 +183,12 @@ def _times_probability(x: Tensor, probabilities: Tensor) -> Tensor:
     return x.masked_fill_(probabilities == 0, 0.0).mul_(probabilities)
 
 
-def _own_columns(targets_N: Tensor, part: _Slice) -> tuple[Tensor, Tensor]:
-    """Whether this rank holds the target, and its column here (0 where it does not)."""
-    column_N = targets_N.long() - part.first
-    own_N = (column_N >= 0) & (column_N < part.columns)
-    return own_N, torch.where(own_N, column_N, 0)
-
-
-def _summed(x_N: Tensor, group: "ProcessGroup | None") -> Tensor:
-    """Sum over the group, in place."""
-    if group is not None:
-        dist.all_reduce(x_N, op=dist.ReduceOp.SUM, group=group)
-    return x_N
-
-
 def _precision(logits_NV: Tensor) -> torch.dtype:
     return torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
 
 
-def _vocabulary_slice(
+def _slice(
     logits_NV: Tensor, vocab_size: int | None, group: "ProcessGroup | None", temperature: float
-) -> _Slice:
-    if logits_NV.dim() != 2 or not logits_NV.is_floating_point() or logits_NV.shape[1] == 0:
-        raise InputError(
-            f"logits_NV has shape {list(logits_NV.shape)} and dtype {logits_NV.dtype}; expected floating [N, V], V > 0"
-        )
-    check_number("temperature", temperature, low=0.0)
-    if temperature == 0:
-        raise InputError("temperature is 0; expected a positive number (for greedy decoding use 1)")
-    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    columns = logits_NV.shape[1]
-    vocab_size = columns * ranks if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= columns * ranks:
-        raise InputError(f"vocab_size is {vocab_size}; expected 1 to {columns * ranks} = {ranks} x {columns} columns")
-    first = rank * columns
-    return _Slice(first, min(max(vocab_size - first, 0), columns), vocab_size, temperature, group)
-
-
-def _check_targets(targets_N: Tensor, length: int, vocab_size: int) -> None:
-    if targets_N.dim() != 1 or targets_N.shape[0] != length:
-        raise InputError(f"targets_N has shape {list(targets_N.shape)}; expected [{length}], one per row of logits_NV")
-    if targets_N.is_floating_point() or targets_N.dtype == torch.bool:
-        raise InputError(f"targets_N has dtype {targets_N.dtype}; expected an integer dtype")
-    if length == 0:
-        return
-    low, high = targets_N.aminmax()
-    if low < 0 or high >= vocab_size:
-        raise InputError(
-            f"targets_N holds {int(low)} to {int(high)}; expected 0 to {vocab_size - 1} (where no loss is taken, "
-            "put any valid id and mask the result)"
-        )
-
-
-def _check_rows(log_mass_N: Tensor) -> None:
-    finite_N = torch.isfinite(log_mass_N)
-    if not bool(finite_N.all()):
-        rows = (~finite_N).nonzero()[:, 0]
-        raise InputError(f"logits_NV has NaN, +inf or nothing finite in {len(rows)} rows, the first is {int(rows[0])}")
+) -> VocabularySlice:
+    check_matrix("logits_NV", logits_NV)
+    return vocabulary_slice(logits_NV.shape[1], vocab_size=vocab_size, group=group, temperature=temperature)
