@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from align_core.transfer.rectangles import Part, Rows
 from align_core.config import EvaluationConfig, LossConfig, SamplingConfig
 from align_core.text import Tokenizer
 from align_core.types import (
@@ -50,6 +51,49 @@ class WeightSink(Protocol):
 
     def commit(self) -> None:
         """Makes `version` current and drops caches of the old one; raises SyncError naming weights that never came."""
+        ...
+
+
+@runtime_checkable
+class DirectSource(Protocol):
+    """A weight source whose bytes an engine on the same device can read where they are."""
+
+    def layout(self) -> Sequence[Sequence[Part]]:
+        """Of each rank of the trainer, which parts of which weights it holds; the same object every time."""
+        ...
+
+    def memory(self) -> Sequence[Mapping[str, object]]:
+        """Of each rank, its tensors by name: as they are to an engine in this process, as handles to another one.
+
+        They hold the weights of now, and keep them until the trainer's next step.
+        """
+        ...
+
+    def checksums(self, rows: Rows) -> Sequence[Mapping[str, int]]:
+        """Of each rank, the checksums of its primary parts of each weight, summed over `rows`."""
+        ...
+
+
+@runtime_checkable
+class DirectSink(Protocol):
+    """A weight sink that fetches announced weights from a trainer's memory itself, between `begin` and `commit`."""
+
+    def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
+        """Of each engine behind this sink, of each of its ranks, which parts of which weights it holds."""
+        ...
+
+    def pull(
+        self, layout: Sequence[Sequence[Part]], memory: Sequence[Mapping[str, object]], rows: Rows | None
+    ) -> Sequence[Sequence[Mapping[str, int]]]:
+        """Overwrites the old weights with the new ones; until `commit` the engine refuses to sample.
+
+        Args:
+            layout: of `DirectSource`.
+            memory: of `DirectSource`.
+            rows: which rows to sum afterwards, or none of them.
+        Returns:
+            Of each engine, of each rank, the checksums of what it now holds of each weight; empty without `rows`.
+        """
         ...
 
 

@@ -262,23 +262,24 @@ WeightChunk = Sequence[WeightTensor]
 
 # Odd weights make every bit of every element count (a bit flip changes the sum by an odd multiple of a power of two);
 # weights that grow with the position make a swap of two elements visible.
-_POSITION_STEP = np.uint64(0x9E3779B97F4A7C14)
-_POSITION_START = np.uint64(0xD1B54A32D192ED03)
+POSITION_STEP = 0x9E3779B97F4A7C14
+POSITION_START = 0xD1B54A32D192ED03
 _CHECKSUM_ROW = 4096  # elements a row of the table whose row and column sums make the checksum
 
 
 def checksum(data: NDArray[np.uint8], *, item_bytes: int, start: int = 0) -> int:
     """Position-sensitive sum of a tensor's elements modulo 2^64; sums of disjoint parts add up to the whole's.
 
-    It is the sum of (e + 1)(STEP p + START) over the elements e at flat positions p. Laid out in rows, p = start +
-    row + column, so sums over rows and columns of (e + 1) are enough, which numpy does at memory speed.
+    It is the sum of (e + 1)(STEP p + START) over the elements e, as signed integers, at flat positions p. Laid out in
+    rows, p = start + row + column, so sums over rows and columns of (e + 1) are enough, which numpy does at memory
+    speed. `align_core.transfer.checksums` computes the same on the device.
 
     Args:
         data: uint8 [n * item_bytes], contiguous elements.
         item_bytes: 2 or 4, bytes an element.
         start: flat index, in the whole tensor, of the first element of `data`.
     """
-    elements = np.ascontiguousarray(data).view({2: np.uint16, 4: np.uint32}[item_bytes])
+    elements = np.ascontiguousarray(data).view({2: np.int16, 4: np.int32}[item_bytes])
     whole = len(elements) - len(elements) % _CHECKSUM_ROW
     table = elements[:whole].reshape(-1, _CHECKSUM_ROW)
     total = _table_checksum(table, start=start) if whole else 0
@@ -287,13 +288,13 @@ def checksum(data: NDArray[np.uint8], *, item_bytes: int, start: int = 0) -> int
     return total % 2**64
 
 
-def _table_checksum(table: NDArray[np.unsignedinteger], *, start: int) -> int:
+def _table_checksum(table: NDArray[np.signedinteger], *, start: int) -> int:
     rows, columns = table.shape
-    row_sums = np.sum(table, axis=1, dtype=np.uint64) + np.uint64(columns)
-    column_sums = np.sum(table, axis=0, dtype=np.uint64) + np.uint64(rows)
+    row_sums = (np.sum(table, axis=1, dtype=np.int64) + columns).view(np.uint64)
+    column_sums = (np.sum(table, axis=0, dtype=np.int64) + rows).view(np.uint64)
     row_starts = np.arange(start, start + rows * columns, columns, dtype=np.uint64)
-    column_weights = np.arange(columns, dtype=np.uint64) * _POSITION_STEP + _POSITION_START
-    return int(np.sum(row_starts * _POSITION_STEP * row_sums)) + int(np.sum(column_weights * column_sums))
+    column_weights = np.arange(columns, dtype=np.uint64) * np.uint64(POSITION_STEP) + np.uint64(POSITION_START)
+    return int(np.sum(row_starts * np.uint64(POSITION_STEP) * row_sums)) + int(np.sum(column_weights * column_sums))
 
 
 def chunked(weights: Iterator[WeightTensor], *, chunk_bytes: int) -> Iterator[list[WeightTensor]]:

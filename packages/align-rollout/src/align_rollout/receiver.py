@@ -1,17 +1,25 @@
-"""The part of a weight update that runs inside each vLLM worker: maps the weights, then reloads the model from them.
+"""The part of a weight update that runs inside each vLLM worker: takes hold of the weights, then puts them in the model.
 
-vLLM adds this class to its worker (`worker_extension_cls`), so `self` has the worker's attributes too. Knows nothing of
-versions and checksums: the sink in the engine's process has checked the bytes before they get here.
+vLLM adds this class to its worker (`worker_extension_cls`), so `self` has the worker's attributes too. Two ways in:
+whole weights from the host's memory are staged and loaded by vLLM's own reload; parts are copied from a trainer's
+tensors on the same device straight into the model's. Knows nothing of versions.
 """
 
+import time
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from align_core.types import WeightTensor
+from align_core.errors import SyncError
+from align_core.transfer.rectangles import Copy, Part, Rows, copies, slices
+from align_core.types import ParamMeta, WeightTensor
+from align_rollout.parts import model_parts
 
 if TYPE_CHECKING:
     import torch
+
+    from align_core.transfer.checksums import PartSums
 
 
 class WeightReceiver:
@@ -22,17 +30,19 @@ class WeightReceiver:
 
     def align_stage(self, weights: list[WeightTensor]) -> None:
         """Maps `weights` and holds on to them; a mapped file may be deleted from now on."""
-        staged = self._align_staged()
+        staged = self._align().staged
         for weight in weights:
             staged[weight.meta.name] = _as_tensor(weight)
 
     def align_discard(self) -> None:
         """Lets go of what was staged."""
-        self._align_staged().clear()
+        self._align().staged.clear()
 
     def align_commit(self) -> None:
         """Loads everything staged into the model, in place, and lets go of it."""
-        staged = self._align_staged()
+        staged = self._align().staged
+        if not staged:
+            return
         model = self.model_runner.get_model()
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
         self.reload_weights(weights_iterator=iter(staged.items()))
@@ -40,11 +50,131 @@ class WeightReceiver:
             _repack_tied_head(model)
         staged.clear()
 
-    def _align_staged(self) -> "dict[str, torch.Tensor]":
+    def align_parts(self, expected: Sequence[ParamMeta]) -> list[Part]:
+        """Which parts of which weights this worker holds."""
+        own = self._align()
+        parts = model_parts(self.model_runner.get_model(), expected)
+        if own.packs(self.model_runner.get_model()):
+            # Parts cannot be written into packed layers: whole weights are staged, of which only the parts are filled.
+            parts = [_staged_part(part) for part in parts]
+        own.parts = parts
+        return parts
+
+    def align_connect(self, layout: Sequence[Sequence[Part]]) -> None:
+        """Learns who of the trainer's ranks holds what."""
+        own = self._align()
+        own.copies = copies(layout, own.parts)
+
+    def align_pull(
+        self, memory: Sequence[Mapping[str, object]], rows: Rows | None
+    ) -> tuple[dict[str, int], dict[str, float]]:
+        """Copies this worker's parts from the trainer's memory; returns their checksums, and seconds by phase."""
+        own = self._align()
+        clock = _Clock()
+        sources = own.open(memory)
+        clock.lap("open")
+        targets = own.targets(self.model_runner.get_model())
+        _copy_all(own.pairs(sources, targets))
+        clock.lap("copy")
+        del sources  # while this process holds the trainer's memory, the trainer cannot give it back
+        sums = own.sums(rows).compute(targets) if rows else {}
+        clock.lap("verify")
+        return sums, clock.seconds
+
+    def _align(self) -> "_Own":
         # Not in __init__: vLLM adds this class to the bases of a worker class that does not call it.
-        if "_align_weights" not in self.__dict__:
-            self._align_weights: dict[str, torch.Tensor] = {}
-        return self._align_weights
+        if "_align_own" not in self.__dict__:
+            self._align_own = _Own()
+        return self._align_own
+
+
+class _Own:
+    """What the receiver remembers between calls."""
+
+    def __init__(self) -> None:
+        self.staged: dict[str, torch.Tensor] = {}
+        self.parts: list[Part] = []
+        self.copies: list[Copy] = []
+        self._sums: dict[Rows, PartSums] = {}
+
+    def packs(self, model: Any) -> bool:
+        """Whether layers keep their weights in another form than the parameter's (vLLM on CPU)."""
+        return any(parameter.device.type == "cpu" for parameter in model.parameters())
+
+    def open(self, memory: Sequence[Mapping[str, object]]) -> Sequence[Mapping[str, "torch.Tensor"]]:
+        """The trainer's tensors, rank by rank."""
+        from align_core.transfer.memory import open_tensors  # noqa: PLC0415  (brings torch)
+
+        return [open_tensors(handles) for handles in memory]
+
+    def targets(self, model: Any) -> Mapping[str, "torch.Tensor"]:
+        """The tensors that the parts lie in: the model's own, or whole staged weights."""
+        import torch  # noqa: PLC0415
+
+        if not self.packs(model):
+            return {name: parameter.detach() for name, parameter in model.named_parameters()}
+        dtype = next(model.parameters()).dtype
+        for part in self.parts:
+            if part.name not in self.staged:
+                self.staged[part.name] = torch.zeros(part.shape, dtype=dtype)
+        return self.staged
+
+    def pairs(
+        self, sources: Sequence[Mapping[str, "torch.Tensor"]], targets: Mapping[str, "torch.Tensor"]
+    ) -> "list[tuple[list[torch.Tensor], list[torch.Tensor]]]":
+        """Views to copy, as (targets, sources), in groups that one call can take."""
+        found: dict[bool, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
+        for copy in self.copies:
+            source = sources[copy.rank][copy.source_tensor].detach()
+            target = targets[copy.target_tensor]
+            if source.dtype != target.dtype:
+                raise SyncError(
+                    f"weight {copy.name!r} is {source.dtype} in the trainer and {target.dtype} in the engine; "
+                    "set engine.dtype to training.dtype"
+                )
+            pair = target[slices(copy.target)], source[slices(copy.source)]
+            dense = all(view.is_contiguous() for view in pair)
+            found[dense][0].append(pair[0])
+            found[dense][1].append(pair[1])
+        return list(found.values())
+
+    def sums(self, rows: Rows) -> "PartSums":
+        """The checksums of this worker's parts over `rows`."""
+        from align_core.transfer.checksums import PartSums  # noqa: PLC0415
+
+        if rows not in self._sums:
+            self._sums[rows] = PartSums(self.parts, rows)
+        return self._sums[rows]
+
+
+class _Clock:
+    """Seconds by phase, with the device's work included."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        import torch  # noqa: PLC0415
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def _staged_part(part: Part) -> Part:
+    return Part(
+        name=part.name, shape=part.shape, index=part.index, tensor=part.name, local=part.index, primary=part.primary
+    )
+
+
+def _copy_all(pairs: "list[tuple[list[torch.Tensor], list[torch.Tensor]]]") -> None:
+    import torch  # noqa: PLC0415
+
+    with torch.no_grad():
+        for targets, sources in pairs:
+            torch._foreach_copy_(targets, sources)
 
 
 def _repack_tied_head(model: Any) -> None:
@@ -67,3 +197,5 @@ def _as_tensor(weight: WeightTensor) -> "torch.Tensor":
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         flat = torch.from_numpy(weight.bytes())
     return flat.view(dtype).reshape(weight.meta.shape)
+
+

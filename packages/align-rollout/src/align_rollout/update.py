@@ -41,6 +41,10 @@ class PendingUpdate:
         """Counts `chunk` as here: after it was checked, and only when the engine has taken hold of it."""
         self._arrived.update(weight.meta.name for weight in chunk)
 
+    def record_all(self) -> None:
+        """Counts everything announced as here: what is fetched comes whole, or the fetching fails."""
+        self._arrived.update(self._announced)
+
     def _check_weight(self, weight: WeightTensor) -> None:
         meta = weight.meta
         announced = self._announced.get(meta.name)

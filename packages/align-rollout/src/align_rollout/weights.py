@@ -1,22 +1,24 @@
 """The sink through which new weights enter a live vLLM engine.
 
-The old weights answer every request until `commit` returns: `load` only checks bytes and has the workers map them, and
-`commit` reloads the model in place, by vLLM's own layer-wise reload, between two calls of `generate`.
+Through `load` the old weights answer every request until `commit` returns: `load` only checks bytes and has the workers
+map them, and `commit` reloads the model in place, by vLLM's own layer-wise reload, between two calls of `generate`.
+Through `pull` the workers copy from a trainer's tensors straight over the old weights.
 """
 
 import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align_core.contracts import WeightSink
+from align_core.contracts import DirectSink, WeightSink
 from align_core.errors import SyncError
+from align_core.transfer.rectangles import Part, Rows
 from align_core.types import ParamMeta, WeightChunk, WeightTensor
 from align_rollout.update import PendingUpdate, check_version
 
@@ -47,6 +49,10 @@ class VllmWeightSink:
         self._expected = tuple(expected)
         self._in_process = in_process
         self._pending: PendingUpdate | None = None
+        self._parts: list[list[Part]] = []
+        self._connected: Sequence[Sequence[Part]] | None = None
+        self.seconds: dict[str, float] = {}
+        """Of the last `pull`, by phase."""
 
     def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
         """Announces `version`; an unfinished update before it is dropped."""
@@ -77,6 +83,27 @@ class VllmWeightSink:
         self.version = pending.version
         self._broken = ""
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
+
+    def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
+        """Of this one engine, of each worker, which parts of which weights it holds."""
+        if not self._parts:
+            self._parts = self._llm.collective_rpc("align_parts", args=(self._expected,))
+        return [self._parts]
+
+    def pull(
+        self, layout: Sequence[Sequence[Part]], memory: Sequence[Mapping[str, object]], rows: Rows | None
+    ) -> Sequence[Sequence[Mapping[str, int]]]:
+        """Copies the announced weights out of the trainer's memory, over the old ones where layers allow it."""
+        pending = self._announced()
+        if layout is not self._connected:
+            self.layouts()
+            self._llm.collective_rpc("align_connect", args=(layout,))
+            self._connected = layout
+        self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
+        found = self._llm.collective_rpc("align_pull", args=(memory, rows))
+        pending.record_all()
+        self.seconds = {phase: max(times[phase] for _, times in found) for phase in found[0][1]}
+        return [[sums for sums, _ in found]]
 
     def check_usable(self) -> None:
         """Raises SyncError if the engine is closed, or if an update ended half-way and left it with mixed weights."""
@@ -120,3 +147,4 @@ class VllmWeightSink:
 
 
 _conforms: type[WeightSink] = VllmWeightSink
+_pulls: type[DirectSink] = VllmWeightSink

@@ -19,6 +19,7 @@ from align_algos.errors import InputError
 from align_convert.formats.megatron_writer import finish_megatron, write_megatron_rank
 from align_convert.layout import Rank
 from align_core.config import LossConfig, TrainerConfig
+from align_core.contracts import WeightSource
 from align_core.errors import AlignError, ConfigError, DataError, LayoutError
 from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
 from align_core.megatron.losses import prepare_loss
@@ -33,7 +34,14 @@ from align_core.megatron.prepared import Output
 from align_core.megatron.source import open_model, translated_errors
 from align_core.megatron.spec import DTYPES
 from align_core.megatron.throughput import StepClock
-from align_core.megatron.weights import HeldWeights, total_bytes, weight_metas, write_pieces
+from align_core.megatron.weights import (
+    HeldWeights,
+    LiveWeights,
+    RankWeights,
+    total_bytes,
+    weight_metas,
+    write_pieces,
+)
 from align_core.types import Batch, ParamMeta
 
 
@@ -58,6 +66,7 @@ class MegatronTrainer:
         self._owns_context = context is None
         self.context = context or init_rank(parallel=config.parallel, device=config.training.device, seed=config.seed)
         self._open = True
+        self._live: RankWeights | None = None
         self._weights_shelf, self._state_shelf, self._gradient_shelf = Shelf(), Shelf(), Shelf(keep=False)
         dtype = config.training.dtype
         try:
@@ -153,8 +162,8 @@ class MegatronTrainer:
                     parts.append({"loss": value, **metrics})
         return self._summed(parts)
 
-    def weights(self) -> HeldWeights:
-        """A copy of the current weights; for a world of one rank.
+    def weights(self) -> WeightSource:
+        """The current weights, live, where a GPU holds them, else a copy of them; for a world of one rank.
 
         Raises:
             LayoutError: there are more ranks, each with its own part; let each call `write_weights`.
@@ -165,8 +174,21 @@ class MegatronTrainer:
                 "call write_weights on every rank"
             )
         metas = self.weights_layout()
-        buffer = np.empty(total_bytes(metas), np.uint8)
-        return HeldWeights(metas, buffer, self._write(metas, buffer))
+
+        def held() -> HeldWeights:
+            buffer = np.empty(total_bytes(metas), np.uint8)
+            return HeldWeights(metas, buffer, self._write(metas, buffer))
+
+        return LiveWeights(self.live_weights(), metas, held) if self.context.device.type == "cuda" else held()
+
+    def live_weights(self) -> RankWeights:
+        """This rank's weights where they are."""
+        self._weights_shelf.bring_back()
+        if self._live is None:
+            shards = plan_of(self.model_config, self.context)
+            metas = self.weights_layout()
+            self._live = RankWeights(self._module, shards, metas, speaks=self.context.data == 0)
+        return self._live
 
     def weights_layout(self) -> list[ParamMeta]:
         """Every weight of the whole model; in a weights file they lie end to end in this order."""
@@ -248,6 +270,7 @@ class MegatronTrainer:
         if not self._open:
             return
         self._open = False
+        self._live = None
         self.__dict__.pop("_chunks", None)
         self.__dict__.pop("_optimization", None)
         if self._owns_context:

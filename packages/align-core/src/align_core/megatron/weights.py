@@ -5,25 +5,26 @@ that they own, and nothing is gathered. The sum of all ranks' checksums of a ten
 the whole. Knows nothing about engines.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 
 from align_convert.config import ModelConfig
 from align_convert.fill import shard_slices, slices
 from align_convert.plan import Index, Shard
 from align_core.config import Dtype
-from align_core.types import ITEM_BYTES, ParamMeta, WeightTensor, checksum
+from align_core.transfer.checksums import PartSums
+from align_core.transfer.memory import Handle, export_tensors
+from align_core.transfer.rectangles import Part, Rows
+from align_core.types import ITEM_BYTES, POSITION_START, POSITION_STEP, ParamMeta, WeightTensor
 
-_UINT = {2: np.uint16, 4: np.uint32}
+_INT = {2: np.int16, 4: np.int32}
 _TORCH_INT = {2: torch.int16, 4: torch.int32}
-# The constants of `checksum`, read off its values for a single zero element at positions 0 and 1.
-_START = checksum(np.zeros(4, np.uint8), item_bytes=4)
-_STEP = (checksum(np.zeros(4, np.uint8), item_bytes=4, start=1) - _START) % 2**64
 
 
 class HeldWeights:
@@ -43,6 +44,65 @@ class HeldWeights:
         for meta, offset in zip(self._metas, byte_offsets(self._metas)):
             data = self._buffer[offset : offset + meta.nbytes]
             yield WeightTensor(meta=meta, checksum=self._checksums[meta.name], data=data)
+
+
+class RankWeights:
+    """One rank's live weights, where they are: what it holds of which weight, its tensors, their checksums."""
+
+    def __init__(self, module: Module, shards: Sequence[Shard], metas: Sequence[ParamMeta], *, speaks: bool) -> None:
+        """The weights of `module`; `speaks` is false for a further copy of a model, which sends nothing."""
+        self._module = module
+        self._parts = held_parts(shards, metas) if speaks else []
+        self._sums: dict[Rows, PartSums] = {}
+
+    def parts(self) -> list[Part]:
+        """Which parts of which weights this rank holds."""
+        return self._parts
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by megatron-core name, for an engine in this process."""
+        names = {part.tensor for part in self._parts}
+        return {name: parameter for name, parameter in self._module.named_parameters() if name in names}
+
+    def handles(self) -> dict[str, Handle]:
+        """The same for an engine in another process on this GPU."""
+        return export_tensors(self.tensors())
+
+    def checksums(self, rows: Rows) -> dict[str, int]:
+        """Of this rank's primary parts of each weight, computed where they are."""
+        if rows not in self._sums:
+            self._sums[rows] = PartSums([part for part in self._parts if part.primary], rows)
+        return self._sums[rows].compute(self.tensors()) if self._parts else {}
+
+
+class LiveWeights:
+    """A `WeightSource` and `DirectSource` over the live tensors of a model of one rank."""
+
+    def __init__(self, rank: RankWeights, metas: Sequence[ParamMeta], copy: Callable[[], HeldWeights]) -> None:
+        """`copy` makes the copy in the host's memory that `iterate` yields."""
+        self._rank, self._metas, self._copy = rank, list(metas), copy
+        self._layout = [rank.parts()]
+
+    def metadata(self) -> Sequence[ParamMeta]:
+        """See `align_core.contracts.WeightSource`."""
+        return self._metas
+
+    def iterate(self) -> Iterator[WeightTensor]:
+        """See `align_core.contracts.WeightSource`."""
+        self._held = self._copy()  # its bytes stay valid as long as this source lives
+        return self._held.iterate()
+
+    def layout(self) -> Sequence[Sequence[Part]]:
+        """See `align_core.contracts.DirectSource`."""
+        return self._layout
+
+    def memory(self) -> Sequence[Mapping[str, object]]:
+        """See `align_core.contracts.DirectSource`."""
+        return [self._rank.tensors()]
+
+    def checksums(self, rows: Rows) -> Sequence[Mapping[str, int]]:
+        """See `align_core.contracts.DirectSource`."""
+        return [self._rank.checksums(rows)]
 
 
 def weight_metas(config: ModelConfig, dtype: Dtype) -> list[ParamMeta]:
@@ -79,30 +139,46 @@ def write_pieces(
                 continue
             meta, offset = places[piece.hf_name]
             item = ITEM_BYTES[meta.dtype]
-            whole = buffer[offset : offset + meta.nbytes].view(_UINT[item]).reshape(meta.shape)
-            bits = values.detach().contiguous().view(_TORCH_INT[item]).cpu().numpy().view(_UINT[item])
+            whole = buffer[offset : offset + meta.nbytes].view(_INT[item]).reshape(meta.shape)
+            bits = values.detach().contiguous().view(_TORCH_INT[item]).cpu().numpy().view(_INT[item])
             whole[slices(piece.hf_index)] = bits
             share = piece_checksum(bits, index=piece.hf_index, shape=meta.shape)
             sums[piece.hf_name] = (sums.get(piece.hf_name, 0) + share) % 2**64
     return sums
 
 
-def piece_checksum(bits: NDArray[np.unsignedinteger], *, index: Index, shape: tuple[int, ...]) -> int:
+def piece_checksum(bits: NDArray[np.signedinteger], *, index: Index, shape: tuple[int, ...]) -> int:
     """What a rectangle contributes to `align_core.types.checksum` of the tensor that it is part of.
 
     `checksum` adds (e + 1)(STEP p + START) for the element e at flat position p. In a matrix of C columns p = C r + c,
     so a rectangle needs its row and column sums of (e + 1) only: STEP C sum_r r row_r + sum_c (STEP c + START) col_c.
 
     Args:
-        bits: the rectangle's elements as unsigned integers, with one or two dimensions.
+        bits: the rectangle's elements as signed integers, with one or two dimensions.
         index: the rectangle, one (start, stop) a dimension.
         shape: of the whole tensor.
     """
     table = bits.reshape(-1, bits.shape[-1])
     (first_row, last_row), (first, last) = ((0, 1), *index)[-2:]
-    with np.errstate(over="ignore"):
-        row_sums = np.sum(table, axis=1, dtype=np.uint64) + np.uint64(last - first)
-        column_sums = np.sum(table, axis=0, dtype=np.uint64) + np.uint64(last_row - first_row)
-        rows = np.arange(first_row, last_row, dtype=np.uint64) * np.uint64(_STEP * shape[-1] % 2**64)
-        columns = np.arange(first, last, dtype=np.uint64) * np.uint64(_STEP) + np.uint64(_START)
-        return (int(np.sum(rows * row_sums)) + int(np.sum(columns * column_sums))) % 2**64
+    row_sums = (np.sum(table, axis=1, dtype=np.int64) + (last - first)).view(np.uint64)
+    column_sums = (np.sum(table, axis=0, dtype=np.int64) + (last_row - first_row)).view(np.uint64)
+    rows = np.arange(first_row, last_row, dtype=np.uint64) * np.uint64(POSITION_STEP * shape[-1] % 2**64)
+    columns = np.arange(first, last, dtype=np.uint64) * np.uint64(POSITION_STEP) + np.uint64(POSITION_START)
+    return (int(np.sum(rows * row_sums)) + int(np.sum(columns * column_sums))) % 2**64
+
+
+def held_parts(shards: Sequence[Shard], metas: Sequence[ParamMeta]) -> list[Part]:
+    """What a rank with these shards holds, in the terms of `align_core.transfer`."""
+    shapes = {meta.name: meta.shape for meta in metas}
+    return [
+        Part(
+            name=piece.hf_name,
+            shape=shapes[piece.hf_name],
+            index=piece.hf_index,
+            tensor=shard.name,
+            local=piece.shard_index,
+            primary=piece.primary,
+        )
+        for shard in shards
+        for piece in shard.pieces
+    ]

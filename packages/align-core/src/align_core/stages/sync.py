@@ -1,28 +1,78 @@
 """Moves weights from a trainer to a live engine, and checks by log-probs that both now hold the same model."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.contracts import WeightSink, WeightSource
+from align_core.config import Verify
+from align_core.contracts import DirectSink, DirectSource, WeightSink, WeightSource
 from align_core.errors import SyncError
+from align_core.transfer.rectangles import Rows, check_sums
 from align_core.types import Completion, chunked
 
 _CHUNK_BYTES = 64 << 20  # small enough to overlap, large enough that a 7B model takes a few hundred calls
 
 
-def synchronise(source: WeightSource, sink: WeightSink, *, version: int) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncReport:
+    """What one weight update cost."""
+
+    bytes: int
+    """Of all weights, once."""
+    seconds: Mapping[str, float]
+    """`total`, and its parts: `begin`, `send` (gather and transfer), `verify` where it is done apart, `commit`."""
+
+
+def synchronise(
+    source: WeightSource, sink: WeightSink, *, version: int, verify: Verify = "sampled", direct: bool = True
+) -> SyncReport:
     """After this the engine answers with the trainer's current weights, under `version`.
 
+    Where the engine can read the trainer's memory it does, and what it then holds is compared with what the trainer
+    holds by checksums that each computes on its device. Otherwise the weights go through the host's memory, every byte
+    checked on arrival.
+
+    Args:
+        verify: on the direct way, which rows of each weight the checksums cover.
+        direct: False goes through the host's memory even where the direct way is open.
     Raises:
         SyncError: a weight is missing, unknown, misshapen or damaged on the way; it is named.
     """
-    sink.begin(source.metadata(), version)
-    for chunk in chunked(source.iterate(), chunk_bytes=_CHUNK_BYTES):
-        sink.load(chunk)
+    started = time.perf_counter()
+    metadata = source.metadata()
+    sink.begin(metadata, version)
+    seconds = {"begin": time.perf_counter() - started}
+    if direct and isinstance(source, DirectSource) and isinstance(sink, DirectSink):
+        seconds |= _pull(source, sink, version=version, verify=verify)
+    else:
+        sent = time.perf_counter()
+        for chunk in chunked(source.iterate(), chunk_bytes=_CHUNK_BYTES):
+            sink.load(chunk)
+        seconds["send"] = time.perf_counter() - sent
+    committed = time.perf_counter()
     sink.commit()
+    seconds |= {"commit": time.perf_counter() - committed, "total": time.perf_counter() - started}
+    return SyncReport(bytes=sum(meta.nbytes for meta in metadata), seconds=seconds)
+
+
+def _pull(source: DirectSource, sink: DirectSink, *, version: int, verify: Verify) -> dict[str, float]:
+    """Has the engine fetch the weights while the trainer sums its own; seconds by phase."""
+    rows = {"sampled": Rows.sampled(version), "full": Rows(), "off": None}[verify]
+    started = time.perf_counter()
+    memory = source.memory()
+    offered = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        summing = beside.submit(source.checksums, rows) if rows else None
+        held = sink.pull(source.layout(), memory, rows)
+        sent = summing.result() if summing else []
+    fetched = time.perf_counter()
+    for engine_held, engine_layout in zip(held, sink.layouts(), strict=True) if rows else ():
+        check_sums(sent, engine_held, engine_layout, version=version)
+    return {"offer": offered - started, "send": fetched - offered, "compare": time.perf_counter() - fetched}
 
 
 def check_versions(completions: Sequence[Completion], *, version: int) -> None:

@@ -1,0 +1,94 @@
+"""Checksums computed by rows of parts: equal to `align_core.types.checksum` of the whole, for every cut and dtype."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from align_core.errors import LayoutError
+from align_core.transfer.checksums import PartSums
+from align_core.transfer.rectangles import SAMPLED_ROWS, Part, Rows, slices, whole
+from align_core.types import checksum
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def part(name: str, shape: tuple[int, ...], **changes: object) -> Part:
+    everything = {"index": whole(shape), "tensor": name, "local": whole(shape), **changes}
+    return Part(name=name, shape=shape, **everything)  # type: ignore[arg-type]
+
+
+def bytes_of(tensor: "torch.Tensor") -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 24), (1, 7), (9,)])
+def test_a_whole_weight_has_its_checksum(dtype: "torch.dtype", shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    sums = PartSums([part("w", shape)], Rows()).compute({"w": tensor})
+    assert sums == {"w": checksum(bytes_of(tensor), item_bytes=dtype.itemsize)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parts_of_two_holders_add_up_to_the_whole(dtype: "torch.dtype") -> None:
+    """A matrix cut into columns for two holders, one of which has its rows in another order inside a larger tensor."""
+    whole_tensor = torch.randn(12, 10).to(dtype)
+    left = part("w", (12, 10), index=((0, 12), (0, 4)), local=((0, 12), (0, 4)))
+    lower = part("w", (12, 10), index=((6, 12), (4, 10)), tensor="fused", local=((0, 6), (0, 6)))
+    upper = part("w", (12, 10), index=((0, 6), (4, 10)), tensor="fused", local=((8, 14), (0, 6)))
+    fused = torch.full((16, 6), 3.0).to(dtype)
+    for piece in (lower, upper):
+        fused[slices(piece.local)] = whole_tensor[slices(piece.index)]
+    first = PartSums([left], Rows()).compute({"w": whole_tensor[:, :4].contiguous()})["w"]
+    second = PartSums([lower, upper], Rows()).compute({"fused": fused})["w"]
+    assert (first + second) % 2**64 == checksum(bytes_of(whole_tensor), item_bytes=dtype.itemsize)
+
+
+def test_samples_of_consecutive_versions_cover_every_row_once() -> None:
+    tensor = torch.randn(50, 8)
+    total = sum(
+        PartSums([part("w", (50, 8))], Rows.sampled(version)).compute({"w": tensor})["w"]
+        for version in range(7, 7 + SAMPLED_ROWS)
+    )
+    assert total % 2**64 == checksum(bytes_of(tensor), item_bytes=4)
+
+
+def test_a_sample_does_not_depend_on_how_the_rows_are_cut() -> None:
+    tensor, rows = torch.randn(50, 8), Rows.sampled(3)
+    cut = [
+        part("w", (50, 8), index=((a, b), (0, 8)), tensor=f"t{a}", local=((0, b - a), (0, 8)))
+        for a, b in ((0, 19), (19, 50))
+    ]
+    pieces = {"t0": tensor[:19].clone(), "t19": tensor[19:].clone()}
+    assert PartSums(cut, rows).compute(pieces) == PartSums([part("w", (50, 8))], rows).compute({"w": tensor})
+
+
+@pytest.mark.parametrize("bit", range(32))
+def test_every_bit_of_an_element_counts(bit: int) -> None:
+    tensor = torch.randn(3, 5)
+    sums = PartSums([part("w", (3, 5))], Rows())
+    before = sums.compute({"w": tensor})
+    tensor.view(torch.int32)[1, 2] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+    assert sums.compute({"w": tensor}) != before
+
+
+def test_columns_inside_a_larger_tensor() -> None:
+    whole_tensor = torch.randn(6, 8)
+    right = part("w", (6, 8), index=((0, 6), (4, 8)), local=((0, 6), (4, 8)))
+    alone = part("w", (6, 8), index=((0, 6), (4, 8)), local=((0, 6), (0, 4)))
+    expected = PartSums([alone], Rows()).compute({"w": whole_tensor[:, 4:].contiguous()})
+    assert PartSums([right], Rows()).compute({"w": whole_tensor}) == expected
+
+
+def test_fused_vectors_have_the_checksums_of_each() -> None:
+    first, second = torch.randn(5), torch.randn(3)
+    parts = [part("a", (5,), tensor="f"), part("b", (3,), tensor="f", local=((5, 8),))]
+    sums = PartSums(parts, Rows.sampled(4)).compute({"f": torch.cat([first, second])})
+    assert sums == {"a": checksum(bytes_of(first), item_bytes=4), "b": checksum(bytes_of(second), item_bytes=4)}
+
+
+def test_parts_of_one_tensor_with_other_columns_are_refused() -> None:
+    halves = [part("w", (4, 4), index=((0, 4), (a, a + 2)), local=((0, 4), (a, a + 2))) for a in (0, 2)]
+    with pytest.raises(LayoutError, match="cover other columns"):
+        PartSums(halves, Rows())
