@@ -10,9 +10,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.transfer.rectangles import Part, Rows
 from align_core.config import EvaluationConfig, LossConfig, SamplingConfig
 from align_core.text import Tokenizer
+from align_core.transfer.rectangles import Part, Rows
 from align_core.types import (
     Batch,
     ChatReply,

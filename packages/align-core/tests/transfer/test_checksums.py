@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from align_core.errors import LayoutError
 from align_core.transfer.checksums import PartSums

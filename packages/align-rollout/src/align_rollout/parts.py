@@ -51,7 +51,7 @@ def _layer_parts(
 
 
 def _held(layer: Any, kind: str, place: int, shape: tuple[int, ...]) -> tuple[Index, bool]:
-    """The rectangle of the `place`-th weight fused in `layer` that this worker holds, and whether it is the first to."""
+    """This worker's rectangle of the `place`-th weight fused in `layer`, and whether no worker before has it too."""
     from vllm.model_executor.layers import linear  # noqa: PLC0415  (optional dependency)
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding  # noqa: PLC0415
 

@@ -1,10 +1,11 @@
-"""The part of a weight update that runs inside each vLLM worker: takes hold of the weights, then puts them in the model.
+"""The part of a weight update that runs inside each vLLM worker: takes hold of weights, then puts them in the model.
 
 vLLM adds this class to its worker (`worker_extension_cls`), so `self` has the worker's attributes too. Two ways in:
 whole weights from the host's memory are staged and loaded by vLLM's own reload; parts are copied from a trainer's
 tensors on the same device straight into the model's. Knows nothing of versions.
 """
 
+import gc
 import time
 import warnings
 from collections import defaultdict
@@ -49,6 +50,13 @@ class WeightReceiver:
         if tied:
             _repack_tied_head(model)
         staged.clear()
+
+    def align_release(self) -> None:
+        """Gives cached but unused device memory back."""
+        import torch  # noqa: PLC0415
+
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def align_parts(self, expected: Sequence[ParamMeta]) -> list[Part]:
         """Which parts of which weights this worker holds."""
@@ -197,5 +205,3 @@ def _as_tensor(weight: WeightTensor) -> "torch.Tensor":
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         flat = torch.from_numpy(weight.bytes())
     return flat.view(dtype).reshape(weight.meta.shape)
-
-

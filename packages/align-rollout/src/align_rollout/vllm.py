@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, WeightSink
+from align_core.contracts import RolloutEngine, SupportsSleep, WeightSink
 from align_core.errors import ConfigError, WorkerError
 from align_core.types import ITEM_BYTES, Completion, FinishReason, ParamMeta, Prompt
 from align_rollout import environment
@@ -28,14 +28,21 @@ _CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many to
 class VllmEngine:
     """A `RolloutEngine` on vLLM. Make one with `from_model`."""
 
-    def __init__(self, *, llm: Any, facts: ModelFacts, config: EngineConfig, owns_process_group: bool) -> None:
+    def __init__(
+        self, *, llm: Any, facts: ModelFacts, config: EngineConfig, on_gpu: bool, owns_process_group: bool
+    ) -> None:
         """Wraps a started vllm.LLM; `owns_process_group` says that starting it made torch's default process group."""
+        self._on_gpu = on_gpu
         self._llm = llm
         self._facts = facts
         self._config = config
         self._owns_process_group = owns_process_group
         self._sink = VllmWeightSink(
-            llm=llm, expected=_model_params(facts.path), loaded=facts.has_weights, in_process=config.tensor == 1
+            llm=llm,
+            expected=_model_params(facts.path),
+            loaded=facts.has_weights,
+            in_process=config.tensor == 1,
+            frees_memory=on_gpu,
         )
 
     @classmethod
@@ -80,7 +87,13 @@ class VllmEngine:
             )
         had_process_group = torch.distributed.is_initialized()
         llm = vllm.LLM(**_arguments(facts, config, device))
-        return cls(llm=llm, facts=facts, config=config, owns_process_group=not had_process_group)
+        return cls(
+            llm=llm,
+            facts=facts,
+            config=config,
+            on_gpu=device == "cuda",
+            owns_process_group=not had_process_group,
+        )
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         """Samples as `RolloutEngine.generate` says.
@@ -109,6 +122,28 @@ class VllmEngine:
         """The one sink of this engine."""
         return self._sink
 
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """See `align_core.contracts.SupportsSleep`; on CPU nothing is freed, and the rest is the same.
+
+        Raises:
+            ConfigError: `engine.sleep` is off, so the memory was not taken in a way that can be given back.
+        """
+        self._sink.check_usable()
+        if not self._config.sleep:
+            raise ConfigError("the engine was started with engine.sleep false and cannot give its memory back")
+        if self._sink.asleep:
+            return
+        self._sink.fall_asleep(keep_weights=keep_weights)
+        self._llm.reset_prefix_cache()
+        if self._on_gpu:
+            self._llm.sleep(level=1 if keep_weights else 2)
+            self._llm.collective_rpc("align_release")
+
+    def wake(self) -> None:
+        """See `align_core.contracts.SupportsSleep`."""
+        self._sink.check_usable()
+        self._sink.wake()
+
     def close(self) -> None:
         """Stops the workers and frees the model; calling it again does nothing."""
         if self._llm is None:
@@ -135,7 +170,7 @@ def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str
             "max_num_batched_tokens": max(config.context, _CPU_PASS_TOKENS),
         }
         if device == "cpu"
-        else {"gpu_memory_utilization": config.memory_fraction}
+        else {"gpu_memory_utilization": config.memory_fraction, "enable_sleep_mode": config.sleep}
     )
     return {
         "model": str(facts.path),
@@ -220,3 +255,4 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
 
 
 _conforms: type[RolloutEngine] = VllmEngine
+_sleeps: type[SupportsSleep] = VllmEngine

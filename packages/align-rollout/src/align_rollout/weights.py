@@ -34,15 +34,23 @@ class VllmWeightSink:
     as the `load` that named it has returned.
     """
 
-    def __init__(self, *, llm: Any, expected: Sequence[ParamMeta], loaded: bool, in_process: bool) -> None:
+    def __init__(
+        self, *, llm: Any, expected: Sequence[ParamMeta], loaded: bool, in_process: bool, frees_memory: bool = False
+    ) -> None:
         """A sink for `llm`, a started vllm.LLM.
 
         Args:
             expected: names and shapes of the model's weights.
             loaded: the engine has read weights, which are version 0; otherwise it waits for the first ones.
             in_process: the worker lives in this process, so that arrays need no file to reach it.
+            frees_memory: the engine gives memory back when it sleeps.
         """
+        self._frees_memory = frees_memory
+        self._sleeping: tuple[str, ...] = ()
+        """What is asleep of weights and KV cache."""
         self.version = 0 if loaded else _NO_WEIGHTS
+        self._lost = False
+        """Whether the weights were given back without a copy, and none have come since."""
         self._broken = ""
         """Why the engine must not be used any more; empty while it may."""
         self._llm = llm
@@ -58,6 +66,7 @@ class VllmWeightSink:
         """Announces `version`; an unfinished update before it is dropped."""
         self._pending = None
         self.check_usable()
+        self._wake("weights")
         self._llm.collective_rpc("align_discard")
         check_version(version=version, current=self.version)
         self._pending = PendingUpdate(expected=self._expected, announced=metadata, version=version)
@@ -81,7 +90,7 @@ class VllmWeightSink:
         if not self._llm.reset_prefix_cache():
             raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
         self.version = pending.version
-        self._broken = ""
+        self._broken, self._lost = "", False
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
 
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
@@ -113,11 +122,37 @@ class VllmWeightSink:
     def check_answerable(self) -> None:
         """Raises SyncError unless the engine holds one whole version of the weights."""
         self.check_usable()
+        if self._sleeping:
+            raise SyncError("the engine is asleep; call wake() before it generates")
+        if self._lost:
+            raise SyncError("the engine slept without keeping its weights and has got no new ones; send them first")
         if self.version == _NO_WEIGHTS:
             raise SyncError(
                 "the engine was started on a directory without *.safetensors and has got no weights yet; "
                 "send them through weight_sink(), or convert the checkpoint with align-convert to-hf"
             )
+
+    @property
+    def asleep(self) -> bool:
+        """Whether any of the engine's memory is given back."""
+        return bool(self._sleeping)
+
+    def fall_asleep(self, *, keep_weights: bool) -> None:
+        """Notes that weights and KV cache are about to be given back."""
+        self._pending = None
+        self._sleeping = ("weights", "kv_cache")
+        self._lost = self._lost or not keep_weights
+
+    def wake(self) -> None:
+        """Takes back what is asleep; the weights first, because a KV cache is no use without them."""
+        self._wake("weights")
+        self._wake("kv_cache")
+
+    def _wake(self, what: str) -> None:
+        if what in self._sleeping:
+            if self._frees_memory:
+                self._llm.wake_up(tags=[what])
+            self._sleeping = tuple(tag for tag in self._sleeping if tag != what)
 
     def close(self) -> None:
         """Lets go of the engine; nothing can be loaded after it."""

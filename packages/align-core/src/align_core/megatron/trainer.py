@@ -38,10 +38,13 @@ from align_core.megatron.weights import (
     HeldWeights,
     LiveWeights,
     RankWeights,
+    held_parts,
     total_bytes,
     weight_metas,
     write_pieces,
 )
+from align_core.transfer.memory import Handle
+from align_core.transfer.rectangles import Part, Rows
 from align_core.types import Batch, ParamMeta
 
 
@@ -179,16 +182,32 @@ class MegatronTrainer:
             buffer = np.empty(total_bytes(metas), np.uint8)
             return HeldWeights(metas, buffer, self._write(metas, buffer))
 
-        return LiveWeights(self.live_weights(), metas, held) if self.context.device.type == "cuda" else held()
+        return LiveWeights(self.live_weights(), metas, held) if self.on_gpu else held()
 
     def live_weights(self) -> RankWeights:
         """This rank's weights where they are."""
         self._weights_shelf.bring_back()
         if self._live is None:
-            shards = plan_of(self.model_config, self.context)
-            metas = self.weights_layout()
-            self._live = RankWeights(self._module, shards, metas, speaks=self.context.data == 0)
+            parts = held_parts(plan_of(self.model_config, self.context), self.weights_layout())
+            self._live = RankWeights(self._module.named_parameters, parts if self.context.data == 0 else [])
         return self._live
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this rank's weights are on a GPU, so that an engine there can fetch them."""
+        return self.context.device.type == "cuda"
+
+    def weight_parts(self) -> list[Part]:
+        """What this rank sends of which weight, for an engine that fetches it."""
+        return self.live_weights().parts()
+
+    def weight_handles(self) -> dict[str, Handle]:
+        """This rank's tensors, for an engine in another process on the same GPU."""
+        return self.live_weights().handles()
+
+    def weight_checksums(self, rows: Rows) -> dict[str, int]:
+        """The checksums of what `weight_parts` lists, computed where it is."""
+        return self.live_weights().checksums(rows)
 
     def weights_layout(self) -> list[ParamMeta]:
         """Every weight of the whole model; in a weights file they lie end to end in this order."""

@@ -5,14 +5,13 @@ that they own, and nothing is gathered. The sum of all ranks' checksums of a ten
 the whole. Knows nothing about engines.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import Module
 
 from align_convert.config import ModelConfig
 from align_convert.fill import shard_slices, slices
@@ -49,10 +48,10 @@ class HeldWeights:
 class RankWeights:
     """One rank's live weights, where they are: what it holds of which weight, its tensors, their checksums."""
 
-    def __init__(self, module: Module, shards: Sequence[Shard], metas: Sequence[ParamMeta], *, speaks: bool) -> None:
-        """The weights of `module`; `speaks` is false for a further copy of a model, which sends nothing."""
-        self._module = module
-        self._parts = held_parts(shards, metas) if speaks else []
+    def __init__(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]], parts: Sequence[Part]) -> None:
+        """`tensors` gives the live tensors by megatron-core name; `parts` is empty for a further copy of a model."""
+        self._all = tensors
+        self._parts = list(parts)
         self._sums: dict[Rows, PartSums] = {}
 
     def parts(self) -> list[Part]:
@@ -62,7 +61,7 @@ class RankWeights:
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by megatron-core name, for an engine in this process."""
         names = {part.tensor for part in self._parts}
-        return {name: parameter for name, parameter in self._module.named_parameters() if name in names}
+        return {name: parameter for name, parameter in self._all() if name in names}
 
     def handles(self) -> dict[str, Handle]:
         """The same for an engine in another process on this GPU."""

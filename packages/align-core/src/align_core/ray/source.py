@@ -1,13 +1,43 @@
 """The weights of a model over several processes of one host, through one file in shared memory."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from align_core.ray.workers import WorkerGroup
+from align_core.transfer.rectangles import Part, Rows
 from align_core.types import ParamMeta, WeightTensor
+
+
+class DirectWorkersSource:
+    """The weights where the ranks hold them, for engines on the same GPUs; through the host's memory for others."""
+
+    def __init__(self, workers: WorkerGroup) -> None:
+        self._workers = workers
+        self._host = SharedMemorySource(workers)
+        self._layout: Sequence[Sequence[Part]] = workers.call("weight_parts")
+
+    def metadata(self) -> Sequence[ParamMeta]:
+        """See `align_core.contracts.WeightSource`."""
+        return self._host.metadata()
+
+    def iterate(self) -> Iterator[WeightTensor]:
+        """See `align_core.contracts.WeightSource`."""
+        return self._host.iterate()
+
+    def layout(self) -> Sequence[Sequence[Part]]:
+        """See `align_core.contracts.DirectSource`."""
+        return self._layout
+
+    def memory(self) -> Sequence[Mapping[str, object]]:
+        """See `align_core.contracts.DirectSource`; handles, each good for one engine to open."""
+        return self._workers.call("weight_handles")
+
+    def checksums(self, rows: Rows) -> Sequence[Mapping[str, int]]:
+        """See `align_core.contracts.DirectSource`."""
+        return self._workers.call("weight_checksums", rows)
 
 
 class SharedMemorySource:

