@@ -123,13 +123,13 @@ class Trainer:
     def __init__(self, model: Path, dtype: str) -> None:
         import torch
 
-        from align_convert.config import read_config
+        from align_convert.config import ModelConfig
         from align_convert.layout import Layout, Rank
         from align_convert.plan import rank_plan
         from align_core.megatron.weights import RankWeights, held_parts, weight_metas
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = read_config(model)
+        config = ModelConfig.from_hf(model)
         shards = rank_plan(config, Layout(), Rank())
         self.metas = weight_metas(config, dtype)
         self.tensors = {
@@ -192,22 +192,26 @@ def in_two_processes(model: Path, arguments: argparse.Namespace, results: Result
     """Trainer and engine as Ray actors on the same GPU."""
     from functools import partial
 
+    import torch
+
     from align_core.ray.source import DirectWorkersSource
     from align_core.ray.workers import Place, WorkerGroup
     from align_core.ray.world import RayWorld
 
     world = RayWorld(ClusterConfig())
     try:
-        config = dataclasses.replace(engine_config(arguments, "bfloat16"), memory_fraction=0.4)
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        config = dataclasses.replace(engine_config(arguments, dtype), memory_fraction=0.4)
         engine, seconds = timed(lambda: world.engine(model, config))
         results.add(seconds_start=seconds)
         workers = WorkerGroup("trainer", [Place(gpus=0.2)], group=world._group)
-        workers.build([partial(Trainer, model, "bfloat16")])
+        workers.build([partial(Trainer, model, dtype)])
         source = DirectWorkersSource(workers)
         with results.guard("sync"):
             measure_syncs(lambda seed: workers.call("train", seed), source, engine, results)
         with results.guard("sleep"):
             engine.sleep(keep_weights=False)
+            results.add(gib_with_engine_asleep=_used_gib())
             workers.call("train", 99)
             wake, report = _wake_with_new_weights(source, engine, version=1000)
             results.add(sleep={"wake_with_new_weights": wake, "sync": dict(report.seconds)})
@@ -250,7 +254,6 @@ def compare_with_hugging_face(model: Path, trainer: Trainer, engine: Any) -> dic
     from transformers import AutoConfig, LlamaForCausalLM
 
     from align_core.transfer.rectangles import slices
-    from align_core.stages.sync import synchronise  # noqa: F401
 
     with torch.device(next(iter(trainer.tensors.values())).device):
         dtype = next(iter(trainer.tensors.values())).dtype

@@ -201,7 +201,7 @@ class MegatronTrainer:
         """What this rank sends of which weight, for an engine that fetches it."""
         return self.live_weights().parts()
 
-    def weight_handles(self) -> dict[str, Handle]:
+    def weight_handles(self) -> dict[str, Handle | Tensor]:
         """This rank's tensors, for an engine in another process on the same GPU."""
         return self.live_weights().handles()
 

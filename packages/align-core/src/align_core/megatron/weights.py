@@ -63,7 +63,7 @@ class RankWeights:
         names = {part.tensor for part in self._parts}
         return {name: parameter for name, parameter in self._all() if name in names}
 
-    def handles(self) -> dict[str, Handle]:
+    def handles(self) -> dict[str, Handle | Tensor]:
         """The same for an engine in another process on this GPU."""
         return export_tensors(self.tensors())
 

@@ -26,13 +26,14 @@ class Handle:
     arguments: tuple[Any, ...]
 
 
-def export_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Handle]:
-    """A handle for each tensor, all on CUDA devices; whatever computes them is complete on return.
+def export_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Handle | Tensor]:
+    """A handle for each tensor on a GPU, whose values are complete on return; tensors on the CPU go as they are.
 
     Each handle is good for opening once. While it is open elsewhere, the memory stays taken even if it is freed here.
     """
-    torch.cuda.synchronize()
-    return {name: _handle(tensor.detach()) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return {name: _handle(tensor.detach()) if tensor.is_cuda else tensor.detach() for name, tensor in tensors.items()}
 
 
 def open_tensors(handles: Mapping[str, object]) -> Mapping[str, Tensor]:
