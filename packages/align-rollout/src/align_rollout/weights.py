@@ -18,7 +18,7 @@ import numpy as np
 
 from align_core.contracts import DirectSink, WeightSink
 from align_core.errors import SyncError
-from align_core.transfer.rectangles import Part, Rows
+from align_core.transfer.rectangles import Part, Pulled, Rows
 from align_core.types import ParamMeta, WeightChunk, WeightTensor
 from align_rollout.update import PendingUpdate, check_version
 
@@ -59,8 +59,6 @@ class VllmWeightSink:
         self._pending: PendingUpdate | None = None
         self._parts: list[list[Part]] = []
         self._connected: Sequence[Sequence[Part]] | None = None
-        self.seconds: dict[str, float] = {}
-        """Of the last `pull`, by phase."""
 
     def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
         """Announces `version`; an unfinished update before it is dropped."""
@@ -101,7 +99,7 @@ class VllmWeightSink:
 
     def pull(
         self, layout: Sequence[Sequence[Part]], memory: Sequence[Mapping[str, object]], rows: Rows | None
-    ) -> Sequence[Sequence[Mapping[str, int]]]:
+    ) -> Sequence[Pulled]:
         """Copies the announced weights out of the trainer's memory, over the old ones where layers allow it."""
         pending = self._announced()
         if layout is not self._connected:
@@ -111,8 +109,8 @@ class VllmWeightSink:
         self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
         found = self._llm.collective_rpc("align_pull", args=(memory, rows))
         pending.record_all()
-        self.seconds = {phase: max(times[phase] for _, times in found) for phase in found[0][1]}
-        return [[sums for sums, _ in found]]
+        slowest = {phase: max(times[phase] for _, times in found) for phase in found[0][1]}
+        return [Pulled(sums=[sums for sums, _ in found], seconds=slowest)]
 
     def check_usable(self) -> None:
         """Raises SyncError if the engine is closed, or if an update ended half-way and left it with mixed weights."""

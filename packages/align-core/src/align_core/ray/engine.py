@@ -10,7 +10,7 @@ from align_core.contracts import DirectSink, SupportsSleep, WeightSink
 from align_core.errors import ConfigError
 from align_core.ray.workers import WorkerGroup
 from align_core.stages.local import make_engine
-from align_core.transfer.rectangles import Part, Rows
+from align_core.transfer.rectangles import Part, Pulled, Rows
 from align_core.types import Completion, ParamMeta, Prompt, WeightChunk
 
 
@@ -68,7 +68,7 @@ class _EngineHost:
 
     def pull(
         self, layout: Sequence[Sequence[Part]] | None, memory: Sequence[Mapping[str, object]], rows: Rows | None
-    ) -> Sequence[Sequence[Mapping[str, int]]]:
+    ) -> Sequence[Pulled]:
         self._layout = layout or self._layout  # the same object every time, so that the engine knows it again
         return self._direct().pull(self._layout, memory, rows)
 
@@ -117,8 +117,8 @@ class _RemoteDirectSink(_RemoteSink):
 
     def pull(
         self, layout: Sequence[Sequence[Part]], memory: Sequence[Mapping[str, object]], rows: Rows | None
-    ) -> Sequence[Sequence[Mapping[str, int]]]:
+    ) -> Sequence[Pulled]:
         news = None if layout is self._told else layout
-        found: Sequence[Sequence[Mapping[str, int]]] = self._workers.call("pull", news, memory, rows)[0]
+        found: Sequence[Pulled] = self._workers.call("pull", news, memory, rows)[0]
         self._told = layout
         return found

@@ -24,7 +24,8 @@ class SyncReport:
     bytes: int
     """Of all weights, once."""
     seconds: Mapping[str, float]
-    """`total`, and its parts: `begin`, `send` (gather and transfer), `verify` where it is done apart, `commit`."""
+    """`total` and its parts `begin`, `send` and `commit`. On the direct way also `offer` (the trainer's part),
+    `compare` (of checksums), and of `send` what the slowest engine took to `open` the trainer's memory, `copy` and `sum`."""
 
 
 def synchronise(
@@ -67,12 +68,18 @@ def _pull(source: DirectSource, sink: DirectSink, *, version: int, verify: Verif
     offered = time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as beside:
         summing = beside.submit(source.checksums, rows) if rows else None
-        held = sink.pull(source.layout(), memory, rows)
+        pulled = sink.pull(source.layout(), memory, rows)
         sent = summing.result() if summing else []
     fetched = time.perf_counter()
-    for engine_held, engine_layout in zip(held, sink.layouts(), strict=True) if rows else ():
-        check_sums(sent, engine_held, engine_layout, version=version)
-    return {"offer": offered - started, "send": fetched - offered, "compare": time.perf_counter() - fetched}
+    for engine, layout in zip(pulled, sink.layouts(), strict=True) if rows else ():
+        check_sums(sent, engine.sums, layout, version=version)
+    inside = {phase: max(engine.seconds[phase] for engine in pulled) for phase in pulled[0].seconds}
+    return {
+        "offer": offered - started,
+        "send": fetched - offered,
+        **inside,
+        "compare": time.perf_counter() - fetched,
+    }
 
 
 def check_versions(completions: Sequence[Completion], *, version: int) -> None:

@@ -45,6 +45,16 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Pulled:
+    """What one engine says after it has fetched weights."""
+
+    sums: Sequence[Mapping[str, int]]
+    """Of each rank, the checksums of what it now holds of each weight; empty where none were asked for."""
+    seconds: Mapping[str, float]
+    """Of the slowest rank: `open` the trainer's memory, `copy`, `sum`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
     """`source` of the tensor `source_tensor` at holder `rank` goes to `target` of the tensor `target_tensor` here."""
 
