@@ -25,7 +25,7 @@ class SyncReport:
     """Of all weights, once."""
     seconds: Mapping[str, float]
     """`total` and its parts `begin`, `send` and `commit`. On the direct way also `offer` (the trainer's part),
-    `compare` (of checksums), and of `send` what the slowest engine took to `open` the trainer's memory, `copy` and `sum`."""
+    `compare` (of checksums), and of `send` what the slowest engine took to `open` that memory, `copy` and `sum`."""
 
 
 def synchronise(
