@@ -32,7 +32,7 @@ from align_convert.config import ModelConfig
 from align_convert.layout import Layout, Rank
 from align_convert.plan import rank_plan
 from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
-from align_core.megatron.weights import LiveWeights, RankWeights, held_parts, weight_metas
+from align_core.megatron.weights import LiveWeights, RankWeights, weight_metas
 from align_core.ray.source import DirectWorkersSource
 from align_core.ray.workers import Processes, WorkerGroup
 from align_core.ray.world import RayWorld
@@ -141,9 +141,11 @@ class Trainer:
         self.tensors = {
             shard.name: torch.empty(shard.shape, dtype=getattr(torch, dtype), device=device) for shard in shards
         }
-        self.parts = held_parts(shards, self.metas)
-        self.rank = RankWeights(self.tensors.items, self.parts)
+        self.rank = RankWeights([self], [shards], self.metas)
         self.train(seed=0)
+
+    def named_parameters(self) -> Any:
+        return self.tensors.items()
 
     def train(self, seed: int) -> None:
         """Other weights, in place, as an optimizer step leaves them."""
@@ -159,7 +161,7 @@ class Trainer:
         return self.metas
 
     def weight_parts(self) -> Any:
-        return self.parts
+        return self.rank.parts()
 
     def weight_handles(self) -> Any:
         return self.rank.handles()
@@ -230,9 +232,9 @@ def check_kernel(trainer: Trainer) -> bool:
     for name in names:
         dtype = next(iter(trainer.tensors.values())).dtype
         whole = torch.empty(shapes[name], dtype=dtype)
-        for part in trainer.parts:
+        for part in trainer.rank.parts():
             if part.name == name:
-                whole[slices(part.index)] = trainer.tensors[part.tensor][slices(part.local)].cpu()
+                whole[slices(part.index)] = trainer.rank.tensors()[part.tensor][slices(part.local)].cpu()
         data = whole.view(torch.uint8).numpy().reshape(-1)
         equal.append(sums[name] == checksum(data, item_bytes=dtype.itemsize))
     return all(equal)
@@ -268,8 +270,8 @@ def compare_with_hugging_face(model: Path, trainer: Trainer, engine: Any) -> dic
         twin = LlamaForCausalLM._from_config(AutoConfig.from_pretrained(model), dtype=dtype).eval()
     weights = dict(twin.named_parameters())
     with torch.no_grad():
-        for part in trainer.parts:
-            weights[part.name][slices(part.index)].copy_(trainer.tensors[part.tensor][slices(part.local)])
+        for part in trainer.rank.parts():
+            weights[part.name][slices(part.index)].copy_(trainer.rank.tensors()[part.tensor][slices(part.local)])
     generator = np.random.default_rng(3)
     prompts = [Prompt(id=i, tokens=generator.integers(3, 500, 32).astype(np.int32)) for i in range(32)]
     completions = engine.generate(prompts, SamplingConfig(max_tokens=64, seed=1))

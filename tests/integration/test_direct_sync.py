@@ -41,7 +41,7 @@ class RanksSource:
         self._layout = [held_parts(plan, self._metas) for plan in plans]
         self.tensors = [
             {
-                shard.name: fill_shard(shard, lambda name, at: self._weights[name][slices(at)], torch.float32)
+                f"0.{shard.name}": fill_shard(shard, lambda name, at: self._weights[name][slices(at)], torch.float32)
                 for shard in plan
             }
             for plan in plans
@@ -128,7 +128,7 @@ def test_a_value_that_changed_on_the_way_is_named(model: tuple[LlamaForCausalLM,
     version = next(_VERSIONS)
     source = source_of(model, Layout(tp=2), version)
     honest = source.checksums(Rows())
-    source.tensors[1]["decoder.layers.2.mlp.linear_fc2.weight"][5, 7] += 1
+    source.tensors[1]["0.decoder.layers.2.mlp.linear_fc2.weight"][5, 7] += 1
     source.checksums = lambda rows: honest  # type: ignore[method-assign]
     with pytest.raises(SyncError, match=r"1 weights of version \d+ .* 'model\.layers\.2\.mlp\.down_proj\.weight'"):
         synchronise(source, engine.weight_sink(), version=version, verify="full")

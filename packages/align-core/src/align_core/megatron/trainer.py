@@ -38,7 +38,6 @@ from align_core.megatron.weights import (
     HeldWeights,
     LiveWeights,
     RankWeights,
-    held_parts,
     total_bytes,
     weight_metas,
     write_pieces,
@@ -188,8 +187,8 @@ class MegatronTrainer:
         """This rank's weights where they are."""
         self._weights_shelf.bring_back()
         if self._live is None:
-            parts = held_parts(plan_of(self.model_config, self.context), self.weights_layout())
-            self._live = RankWeights(self._module.named_parameters, parts if self.context.data == 0 else [])
+            plans = plan_of(self.model_config, self.context)
+            self._live = RankWeights(self._chunks, plans if self.context.data == 0 else [], self.weights_layout())
         return self._live
 
     @property

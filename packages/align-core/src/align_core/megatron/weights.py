@@ -7,6 +7,7 @@ the whole. Knows nothing about engines.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,13 +46,23 @@ class HeldWeights:
             yield WeightTensor(meta=meta, checksum=self._checksums[meta.name], data=data)
 
 
+class HasParameters(Protocol):
+    """A torch module, as far as weights go."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Every parameter by name."""
+        ...
+
+
 class RankWeights:
     """One rank's live weights, where they are: what it holds of which weight, its tensors, their checksums."""
 
-    def __init__(self, tensors: Callable[[], Iterable[tuple[str, Tensor]]], parts: Sequence[Part]) -> None:
-        """`tensors` gives the live tensors by megatron-core name; `parts` is empty for a further copy of a model."""
-        self._all = tensors
-        self._parts = list(parts)
+    def __init__(
+        self, chunks: Sequence[HasParameters], plans: Sequence[Sequence[Shard]], metas: Sequence[ParamMeta]
+    ) -> None:
+        """The weights of a rank's chunks with their plans; without plans, of a further copy, which sends nothing."""
+        self._chunks = chunks
+        self._parts = [part for chunk, shards in enumerate(plans) for part in held_parts(shards, metas, chunk=chunk)]
         self._sums: dict[Rows, PartSums] = {}
 
     def parts(self) -> list[Part]:
@@ -59,9 +70,14 @@ class RankWeights:
         return self._parts
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors by megatron-core name, for an engine in this process."""
+        """The live tensors by chunk and megatron-core name, for an engine in this process."""
         names = {part.tensor for part in self._parts}
-        return {name: parameter for name, parameter in self._all() if name in names}
+        found = (
+            (_tensor_name(chunk, name), parameter)
+            for chunk, module in enumerate(self._chunks)
+            for name, parameter in module.named_parameters()
+        )
+        return {name: parameter for name, parameter in found if name in names}
 
     def handles(self) -> dict[str, Handle | Tensor]:
         """The same for an engine in another process on this GPU."""
@@ -166,18 +182,23 @@ def piece_checksum(bits: NDArray[np.signedinteger], *, index: Index, shape: tupl
     return (int(np.sum(rows * row_sums)) + int(np.sum(columns * column_sums))) % 2**64
 
 
-def held_parts(shards: Sequence[Shard], metas: Sequence[ParamMeta]) -> list[Part]:
-    """What a rank with these shards holds, in the terms of `align_core.transfer`."""
+def held_parts(shards: Sequence[Shard], metas: Sequence[ParamMeta], *, chunk: int = 0) -> list[Part]:
+    """What a rank's chunk with these shards holds, in the terms of `align_core.transfer`."""
     shapes = {meta.name: meta.shape for meta in metas}
     return [
         Part(
             name=piece.hf_name,
             shape=shapes[piece.hf_name],
             index=piece.hf_index,
-            tensor=shard.name,
+            tensor=_tensor_name(chunk, shard.name),
             local=piece.shard_index,
             primary=piece.primary,
         )
         for shard in shards
         for piece in shard.pieces
     ]
+
+
+def _tensor_name(chunk: int, name: str) -> str:
+    """Chunks of a virtual pipeline count their layers alike."""
+    return f"{chunk}.{name}"
