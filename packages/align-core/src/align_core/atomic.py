@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from align_core.errors import DataError
 
@@ -41,15 +42,25 @@ def replace_directory(temporary: Path, path: Path) -> None:
         temporary.rename(path)
 
 
+@contextmanager
+def new_file(out: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which gets its name when the block ends and vanishes when it fails."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file in one piece: readers see the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with new_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:

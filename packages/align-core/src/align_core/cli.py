@@ -1,6 +1,8 @@
 """The `align` command: the stages, the tutorial, data preparation, and the commands that other packages bring."""
 
+import importlib
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -12,24 +14,33 @@ from align_core import __version__, registry
 from align_core.config import (
     DpoConfig,
     GrpoConfig,
+    KtoConfig,
+    LogprobsConfig,
     OnlineDpoConfig,
     PolicyConfig,
+    ResponsesConfig,
     RewardConfig,
     RlhfConfig,
+    ScoreConfig,
     SftConfig,
     StageConfig,
 )
 from align_core.contracts import Command
-from align_core.errors import AlignError, ConfigError, missing_dependency, unknown_name
+from align_core.errors import AlignError, ConfigError, WorkerError, missing_dependency, unknown_name
 from align_core.stages.world import World
+
+Config = StageConfig | ResponsesConfig
 
 _HELP = {
     "sft": "supervised fine-tuning on prompts and responses",
     "reward": "reward model from ranked responses",
     "dpo": "preference optimisation without sampling",
+    "kto": "learning from responses that are marked as wanted or not",
     "rlhf": "PPO with a reward model and a value model",
     "online-dpo": "preferences between the policy's own answers",
     "grpo": "policy optimisation within groups of answers",
+    "score": "a reward model's scores of the responses in a file",
+    "logprobs": "a model's log-probs of the responses in a file",
     "data": "write the stages' files from public data sets",
     "make-model": "write the models that need no download",
     "tutorial": "the whole road on a model made on the spot, ending in a report",
@@ -73,37 +84,43 @@ def _run(words: list[str]) -> int:
 def _stage(name: str) -> Callable[[list[str]], int]:
     def run(words: list[str]) -> int:
         from align_core import settings  # noqa: PLC0415  (the argument parser is slow to import)
-        from align_core.stages.dpo import run_dpo  # noqa: PLC0415
-        from align_core.stages.grpo import run_grpo  # noqa: PLC0415
-        from align_core.stages.online_dpo import run_online_dpo  # noqa: PLC0415
-        from align_core.stages.reward import run_reward  # noqa: PLC0415
-        from align_core.stages.rlhf import run_rlhf  # noqa: PLC0415
-        from align_core.stages.sft import run_sft  # noqa: PLC0415
 
-        stages: dict[str, tuple[type[StageConfig], Callable[..., None]]] = {
-            "sft": (SftConfig, run_sft),
-            "reward": (RewardConfig, run_reward),
-            "dpo": (DpoConfig, run_dpo),
-            "rlhf": (RlhfConfig, run_rlhf),
-            "online-dpo": (OnlineDpoConfig, run_online_dpo),
-            "grpo": (GrpoConfig, run_grpo),
-        }
-        config_type, stage = stages[name]
-        config = settings.parse(config_type, words, stage=name)
+        config_type, module, function, product = _STAGES[name]
+        dry = [word for word in words if word in _DRY_RUN]
+        config = settings.parse(config_type, [word for word in words if word not in _DRY_RUN], stage=name)
         if isinstance(config, PolicyConfig):
             registry.check("align.engines", config.engine.name)  # before any process starts
+        if dry:
+            return _print_plan(name, config)
+        stage: Callable[[Config, World], None] = getattr(importlib.import_module(module), function)
         world = _world(config)
         try:
             stage(config, world)
+        except WorkerError as error:
+            again = shlex.join(["align", name, *words])
+            raise WorkerError(f"{error}\nto continue from the last checkpoint, run: {again}") from error
         finally:
             world.close()
-        Console(stderr=True).print(f"done: {config.out / 'model'}", markup=False, soft_wrap=True)
+        Console(stderr=True).print(f"done: {config.out / product}", markup=False, soft_wrap=True)
         return 0
 
     return run
 
 
-def _world(config: StageConfig) -> World:
+def _print_plan(name: str, config: Config) -> int:
+    from align_core.stages.dry_run import plan_lines  # noqa: PLC0415
+
+    if not isinstance(config, StageConfig):
+        raise ConfigError(f"align {name} trains nothing; --dry-run is for the stages that train")
+
+    console = Console()
+    console.print(f"align {name} would do this (nothing is started or written):", markup=False)
+    for key, value in plan_lines(config):
+        console.print(f"  {key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _world(config: Config) -> World:
     if config.cluster.in_process:
         from align_core.stages.local import LocalWorld  # noqa: PLC0415
 
@@ -141,8 +158,23 @@ def _doctor(words: list[str]) -> int:
     return doctor(words)
 
 
+_DRY_RUN = ("--dry-run", "--dry_run")
+
+_STAGES: dict[str, tuple[type[Config], str, str, str]] = {
+    "sft": (SftConfig, "align_core.stages.sft", "run_sft", "model"),
+    "reward": (RewardConfig, "align_core.stages.reward", "run_reward", "model"),
+    "dpo": (DpoConfig, "align_core.stages.dpo", "run_dpo", "model"),
+    "kto": (KtoConfig, "align_core.stages.kto", "run_kto", "model"),
+    "rlhf": (RlhfConfig, "align_core.stages.rlhf", "run_rlhf", "model"),
+    "online-dpo": (OnlineDpoConfig, "align_core.stages.online_dpo", "run_online_dpo", "model"),
+    "grpo": (GrpoConfig, "align_core.stages.grpo", "run_grpo", "model"),
+    "score": (ScoreConfig, "align_core.stages.score", "run_score", ""),
+    "logprobs": (LogprobsConfig, "align_core.stages.logprobs", "run_logprobs", ""),
+}
+"""Settings, module and function, and where in OUT the result is."""
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    **{name: _stage(name) for name in ("sft", "reward", "dpo", "rlhf", "online-dpo", "grpo")},
+    **{name: _stage(name) for name in _STAGES},
     "data": _data,
     "make-model": _make_model,
     "tutorial": _tutorial,

@@ -477,11 +477,14 @@ class StageConfig:
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves none of the {self.steps} steps at full "
                 f"learning rate; use at most {self.steps - 1}"
             )
-        if self.cluster.in_process and self.parallel.world_size > 1:
-            raise ConfigError(
-                f"cluster.in_process runs one rank, but parallel asks for {self.parallel.world_size}; "
-                "leave it off to use Ray"
-            )
+        _check_one_rank(self.cluster, self.parallel)
+
+
+def _check_one_rank(cluster: ClusterConfig, parallel: ParallelConfig) -> None:
+    if cluster.in_process and parallel.world_size > 1:
+        raise ConfigError(
+            f"cluster.in_process runs one rank, but parallel asks for {parallel.world_size}; leave it off to use Ray"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -561,6 +564,47 @@ class RewardConfig(OfflineConfig):
 
     loss: RewardLoss = field(default_factory=RewardLoss)
     """Margin and centring."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResponsesConfig:
+    """What the commands share that annotate a file of responses with a frozen model."""
+
+    model: Path
+    """Hugging Face or Megatron checkpoint directory."""
+    data: list[str] | Path
+    """JSON-lines file of prompts with a response, or a list of responses, each."""
+    out: Path
+    """File to write: the same rows with what was found; must not exist."""
+    max_length: int = 2048
+    """Longest sequence, tokens; what is longer is cut as in training."""
+    template: str = "auto"
+    """Prompt template, as in training."""
+    batch_size: int = 64
+    """Rows handled at once."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Processes of the model."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Precision and micro-batches."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Ray, or this process alone."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "max_length", "batch_size")
+        _check_one_rank(self.cluster, self.parallel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(ResponsesConfig):
+    """`align score`: a reward model's scores of responses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobsConfig(ResponsesConfig):
+    """`align logprobs`: a language model's log-probs of responses."""
+
+    tokens: bool = False
+    """Write each token's id and log-prob too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from argparse import ArgumentError
@@ -13,10 +14,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from align_core import registry
-from align_core.config import StageConfig
+from align_core.config import ResponsesConfig, StageConfig
 from align_core.errors import ConfigError, choices, unknown_name
 
-Config = TypeVar("Config", bound=StageConfig)
+Config = TypeVar("Config", bound=StageConfig | ResponsesConfig)
 
 _OWN_OPTIONS = {"config", "recipe", "help", "print_config"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
@@ -42,7 +43,7 @@ def parse(config_type: type[Config], argv: Sequence[str], *, stage: str) -> Conf
     if recipe := _option(argv, "recipe"):
         parser.set_defaults(_recipe_defaults(recipe, stage))
     try:
-        namespace = parser.parse_args(_files_first(argv))
+        namespace = parser.parse_args(_files_first(_gathered(config_type, argv)))
     except ArgumentError as error:
         raise ConfigError(_reworded(config_type, str(error.message), stage)) from error
     _check_branches(config_type, namespace)
@@ -111,6 +112,8 @@ def _kind(hint: Any) -> str:
     """A type in words: `a whole number`, `'cpu' or 'cuda'`."""
     if typing.get_origin(hint) is typing.Literal:
         return choices(typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return "a list"
     if members := typing.get_args(hint):
         return " or ".join("null" if member is type(None) else _kind(member) for member in members)
     return _KINDS.get(hint, "a group of settings")
@@ -146,6 +149,30 @@ def _files_first(argv: Sequence[str]) -> list[str]:
         if word == "--config":
             place.extend(value for value in [next(words, None)] if value is not None)
     return files + others
+
+
+def _gathered(config_type: type[object], argv: Sequence[str]) -> list[str]:
+    """Options of lists that are given several times, as one: `--data a --data b` is `--data ["a", "b"]`."""
+    words = list(argv)
+    for key, kind in _types(config_type).items():
+        values = _options(words, key)
+        if len(values) < 2 or not _takes_list(kind):
+            continue
+        kept = []
+        skip = False
+        for word in words:
+            if skip:
+                skip = False
+            elif word == f"--{key}":
+                skip = True
+            elif not word.startswith(f"--{key}="):
+                kept.append(word)
+        words = [*kept, f"--{key}", json.dumps(values)]
+    return words
+
+
+def _takes_list(hint: Any) -> bool:
+    return typing.get_origin(hint) is list or any(_takes_list(member) for member in typing.get_args(hint))
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:

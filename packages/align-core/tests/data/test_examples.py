@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align_core.data.examples import Example, batch_of, encode_example, encode_ranked, encode_sft
-from align_core.data.records import RankedRecord, SftRecord
+from align_core.data.examples import Example, batch_of, encode_example, encode_pair, encode_ranked, encode_sft
+from align_core.data.records import PreferenceRecord, RankedRecord, SftRecord
 from align_core.errors import DataError
 from align_core.text import Tokenizer, encode_response, load_tokenizer, render_prompt
 
@@ -86,3 +86,87 @@ def test_ranked_examples_keep_the_order_of_the_responses(tokenizer: Tokenizer) -
     record = RankedRecord(prompt="1 + 1", responses=["2", "3", "11"], scores=[1.0, 0.0, 0.5])
     group = encode_ranked(tokenizer, record, template="auto", max_length=64)
     assert [learnt(tokenizer, made).strip() for made in group] == ["2", "3", "11"]
+
+
+CHAT = [
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "12?"},
+    {"role": "assistant", "content": "34"},
+    {"role": "user", "content": "so?"},
+]
+
+
+def spans(tokenizer: Tokenizer, made: Example, *, learnt: bool) -> list[str]:
+    """The text of each run of tokens that is, or is not, learnt; special tokens included."""
+    edges = np.flatnonzero(np.diff(made.mask.astype(int))) + 1
+    parts = zip(np.split(made.tokens, edges), np.split(made.mask, edges))
+    return [str(tokenizer._backend.decode(ids.tolist())) for ids, mask in parts if mask[0] == learnt]
+
+
+def test_every_turn_of_the_assistant_is_learnt_with_its_end(chat_model: Path) -> None:
+    tokenizer = load_tokenizer(chat_model)
+    made = encode_sft(tokenizer, SftRecord(prompt=CHAT, response="It is"), template="chat", max_length=200)
+    assert spans(tokenizer, made, learnt=True) == ["34<|im_end|>", "It is<|im_end|>"]
+    assert spans(tokenizer, made, learnt=False) == [
+        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n12?<|im_end|>\n<|im_start|>assistant\n",
+        "\n<|im_start|>user\nso?<|im_end|>\n<|im_start|>assistant\n",
+    ]
+
+
+def test_each_turn_is_written_as_it_would_be_sampled(chat_model: Path) -> None:
+    """The tokens before each answer are those of the prompt that generation would see."""
+    tokenizer = load_tokenizer(chat_model)
+    made = encode_sft(tokenizer, SftRecord(prompt=CHAT, response="It is"), template="chat", max_length=200)
+    starts = np.flatnonzero(np.diff(made.mask.astype(int)) == 1) + 1
+    for start, turns in zip(starts, (CHAT[:2], CHAT)):
+        assert made.tokens[:start].tolist() == render_prompt(tokenizer, turns, max_tokens=200).tolist()
+
+
+def test_last_turn_alone_where_asked(chat_model: Path) -> None:
+    tokenizer = load_tokenizer(chat_model)
+    record = SftRecord(prompt=CHAT, response="It is")
+    made = encode_sft(tokenizer, record, template="chat", max_length=200, turns="last")
+    assert spans(tokenizer, made, learnt=True) == ["It is<|im_end|>"]
+    whole = encode_sft(tokenizer, record, template="chat", max_length=200)
+    assert made.tokens.tolist() == whole.tokens.tolist()
+
+
+def test_dialogue_in_the_plain_template_is_learnt_by_turns(tokenizer: Tokenizer) -> None:
+    record = SftRecord(prompt=CHAT[1:], response="It is")
+    made = encode_sft(tokenizer, record, template="human-assistant", max_length=200)
+    assert [text.strip() for text in spans(tokenizer, made, learnt=True)] == ["34", "It is</s>"]
+    assert tokenizer.decode(made.tokens) == "\n\nHuman: 12?\n\nAssistant: 34\n\nHuman: so?\n\nAssistant: It is"
+
+
+def test_long_chat_loses_its_oldest_exchanges(chat_model: Path) -> None:
+    """Three exchanges of which two fit: the system's turn stays."""
+    tokenizer = load_tokenizer(chat_model)
+    turns = [CHAT[0], *([CHAT[1], CHAT[2]] * 2), CHAT[3]]
+    record = SftRecord(prompt=turns, response="It is")
+    fits = len(encode_sft(tokenizer, SftRecord(prompt=CHAT, response="It is"), template="chat", max_length=200).tokens)
+    made = encode_sft(tokenizer, record, template="chat", max_length=fits)
+    assert len(made.tokens) == fits
+    assert spans(tokenizer, made, learnt=True) == ["34<|im_end|>", "It is<|im_end|>"]
+    alone = encode_sft(tokenizer, record, template="chat", max_length=fits - 1)
+    assert spans(tokenizer, alone, learnt=True) == ["It is<|im_end|>"]
+    assert "system\nAdd." in spans(tokenizer, alone, learnt=False)[0]
+
+
+def test_template_that_rewrites_earlier_turns_is_refused_by_name(chat_model: Path) -> None:
+    """A template that drops all assistant's turns but the last, as those of thinking models do with thoughts."""
+    tokenizer = load_tokenizer(chat_model)
+    tokenizer._backend.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}|{% endif %}{% endfor %}"
+    )
+    record = SftRecord(prompt=CHAT[1:], response="It is")
+    with pytest.raises(DataError, match=r"rewrites earlier turns of a chat.*set loss.turns to last"):
+        encode_sft(tokenizer, record, template="chat", max_length=200)
+    assert encode_sft(tokenizer, record, template="chat", max_length=200, turns="last").mask.any()
+
+
+def test_pair_shares_its_prompt(tokenizer: Tokenizer) -> None:
+    chosen, rejected = encode_pair(
+        tokenizer, PreferenceRecord(prompt="1 + 1", chosen="2", rejected="3"), template="auto", max_length=64
+    )
+    assert (learnt(tokenizer, chosen).strip(), learnt(tokenizer, rejected).strip()) == ("2", "3")
+    assert chosen.tokens[~chosen.mask].tolist() == rejected.tokens[~rejected.mask].tolist()

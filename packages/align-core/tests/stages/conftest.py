@@ -24,6 +24,8 @@ from align_core.config import (
     EngineConfig,
     GrpoConfig,
     GrpoLoss,
+    KtoConfig,
+    KtoLoss,
     LossConfig,
     OnlineDpoConfig,
     OnlineDpoLoss,
@@ -48,6 +50,7 @@ from align_rollout.fake import ArrayWeights, FakeEngine
 
 VOCAB, EOS = 320, 2  # of the tiny tokenizer
 Array = NDArray[np.float32]
+_KTO_SHARES = {"desirable": 0.5, "desirable_reward": 0.2, "undesirable_reward": 0.1}  # sums over all responses
 
 
 class Crash(Exception):
@@ -94,11 +97,13 @@ class FakeTrainer:
         else:
             value = self._policy_step(batch, loss, lr)
         self.steps_done += 1
-        return {"loss": value, "grad_norm": 1.0, "lr": lr}
+        shares = _KTO_SHARES if isinstance(loss, KtoLoss) else {}
+        return {"loss": value, "grad_norm": 1.0, "lr": lr, **shares}
 
     def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         self._world.tick("evaluate")
-        return {"loss": _slope(batch, self._logprobs(batch)[0].astype(np.float64), loss)[0]}
+        value = _slope(batch, self._logprobs(batch)[0].astype(np.float64), loss)[0]
+        return {"loss": value, **({} if not isinstance(loss, KtoLoss) else _KTO_SHARES)}
 
     def weights(self) -> WeightSource:
         source = ArrayWeights({name: array.copy() for name, array in self.weight.items()})
@@ -166,6 +171,13 @@ def _slope(batch: Batch, logprobs: NDArray[np.float64], loss: LossConfig) -> tup
         return float((-advantage * ratio)[mask].mean()), -advantage * ratio / mask.sum()
     if isinstance(loss, OnlineDpoLoss):
         return _preference_slope(batch, logprobs, loss)
+    if isinstance(loss, KtoLoss):
+        ratio = np.where(mask, logprobs - batch.token_column("reference_logprobs").astype(np.float64), 0)
+        sign = np.where(batch.sequence_column("desirable"), 1.0, -1.0)
+        kl = batch.sequence_column("kl").astype(np.float64)
+        value = 1 / (1 + np.exp(sign * loss.beta * (np.add.reduceat(ratio, batch.offsets[:-1]) - kl)))
+        pull = -sign * loss.beta * value * (1 - value) / len(value)
+        return float(value.mean()), np.repeat(pull, batch.lengths)
     assert isinstance(loss, GrpoLoss)
     reward = batch.sequence_column("reward").astype(np.float64)
     _, group = np.unique(batch.sequence_column("group"), return_inverse=True)
@@ -341,6 +353,7 @@ ROWS = {
     "sft": [{"prompt": f"What is {n}?", "response": str(n * n)} for n in range(10)],
     "reward": [{"prompt": f"{n}", "response": ["7", "1", "5 5"], "score": [1, 0, 0.5]} for n in range(10)],
     "dpo": [{"prompt": f"{n}", "chosen": str(n), "rejected": "99"} for n in range(10)],
+    "kto": [{"prompt": f"{n}", "response": f"{n % 3}", "label": n % 3 == 0} for n in range(10)],
     "grpo": [{"prompt": f"What is {n}?", "answer": str(n)} for n in range(10)],
 }
 ROWS["rlhf"] = ROWS["online-dpo"] = ROWS["grpo"]
@@ -348,6 +361,7 @@ KINDS = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "dpo": DpoConfig,
+    "kto": KtoConfig,
     "grpo": GrpoConfig,
     "online-dpo": OnlineDpoConfig,
     "rlhf": RlhfConfig,

@@ -1,5 +1,6 @@
 """A run that is killed anywhere and started again gives what an undisturbed run gives, for every stage."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from align_core.config import KlConfig, StageConfig
+from align_core.errors import DataError
 from align_core.stages.dpo import run_dpo
 from align_core.stages.grpo import run_grpo
+from align_core.stages.kto import run_kto
 from align_core.stages.online_dpo import run_online_dpo
 from align_core.stages.reward import run_reward
 from align_core.stages.rlhf import run_rlhf
@@ -21,10 +24,12 @@ STAGES: dict[str, Callable[..., None]] = {
     "sft": run_sft,
     "reward": run_reward,
     "dpo": run_dpo,
+    "kto": run_kto,
     "grpo": run_grpo,
     "online-dpo": run_online_dpo,
     "rlhf": run_rlhf,
 }
+OFFLINE = ["sft", "reward", "dpo", "kto"]
 pytestmark = pytest.mark.usefixtures("length")
 
 
@@ -46,8 +51,10 @@ def test_crash_at_any_operation_changes_nothing(
     stage: str, make_config: Callable[..., StageConfig], fake_world: Callable[..., Any]
 ) -> None:
     changes: dict[str, Any] = {}
-    if stage == "grpo":
-        changes = {"eval_data": make_config("grpo").data, "eval_every": 3}
+    if stage in (*OFFLINE, "grpo"):
+        changes = {"eval_data": make_config(stage).data, "eval_every": 3}
+    if stage in OFFLINE:
+        changes["keep_best"] = True
     if stage == "rlhf":  # so that a coefficient that is forgotten shows
         changes["kl"] = KlConfig(coef=0.5, adaptive=True, target=0.01, horizon=12)
     undisturbed = make_config(stage, out="undisturbed", **changes)
@@ -57,6 +64,7 @@ def test_crash_at_any_operation_changes_nothing(
     assert [line["step"] for line in expected] == list(range(6))
     assert expected[0]["loss"] != expected[-1]["loss"]
     assert {"step", "save", "export"} <= set(world.operations)
+    best = undisturbed.out / "best" / "best.json"
     for crash_at, operation in enumerate(world.operations):
         config = make_config(stage, out=f"crash{crash_at}", **changes)
         with pytest.raises(Exception, match=f"^{operation}$"):
@@ -69,6 +77,8 @@ def test_crash_at_any_operation_changes_nothing(
         wanted = np.load(undisturbed.out / "model" / "arrays.npz")
         with wanted, np.load(config.out / "model" / "arrays.npz") as found:
             assert all(np.array_equal(found[name], wanted[name]) for name in wanted.files)
+        if stage in OFFLINE:
+            assert (config.out / "best" / "best.json").read_bytes() == best.read_bytes()
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -107,3 +117,51 @@ def test_missing_data_and_missing_model_are_found_before_anything_starts(
         with pytest.raises(Exception, match=message):
             STAGES[stage](make_config(stage, **changes), world)
         assert world.operations == []
+
+
+@pytest.mark.parametrize("stage", OFFLINE)
+@pytest.mark.parametrize("setting", ["data", "eval_data"])
+def test_changed_data_is_noticed_when_continuing(
+    stage: str, setting: str, make_config: Callable[..., StageConfig], fake_world: Callable[..., Any], tmp_path: Path
+) -> None:
+    data, held_out = make_config(stage).data, tmp_path / "held_out.jsonl"
+    assert isinstance(data, Path)
+    held_out.write_bytes(data.read_bytes())
+    config = make_config(stage, eval_data=held_out)
+    with pytest.raises(Exception, match=r"^save$"):  # the second save: the checkpoint of step 2 is there
+        STAGES[stage](config, fake_world(crash_at=_second(stage, config, fake_world, "save")))
+    changed = data if setting == "data" else held_out
+    rows = changed.read_text(encoding="utf-8").splitlines(keepends=True)
+    changed.write_text("".join([*rows, rows[0]]), encoding="utf-8")
+    again = fake_world()
+    with pytest.raises(DataError, match=rf"^{setting} of the run in .* has changed: .*records was 10, is 11"):
+        STAGES[stage](config, again)
+    assert again.operations == []
+    changed.write_text("".join(rows), encoding="utf-8")
+    STAGES[stage](config, again)
+    assert [line["step"] for line in metrics(config.out)] == list(range(6))
+
+
+def _second(stage: str, config: StageConfig, fake_world: Callable[..., Any], operation: str) -> int:
+    """Where the second `operation` comes in an undisturbed run."""
+    world = fake_world()
+    STAGES[stage](dataclasses.replace(config, out=config.out.with_name("whole")), world)
+    return [i for i, name in enumerate(world.operations) if name == operation][1]
+
+
+def test_changed_data_before_the_first_checkpoint_starts_anew(
+    make_config: Callable[..., StageConfig], fake_world: Callable[..., Any]
+) -> None:
+    """The reference of DPO is stored before the first step; it must not be that of the old file."""
+    config = make_config("dpo")
+    with pytest.raises(Exception, match=r"^step$"):
+        run_dpo(config, fake_world(crash_at=2))
+    assert isinstance(config.data, Path)
+    config.data.write_text(
+        "".join(json.dumps({"prompt": f"{n}", "chosen": "1", "rejected": f"{n}"}) + "\n" for n in range(12))
+    )
+    world = fake_world()
+    run_dpo(config, world)
+    untrained = fake_world().trainer(world.trainers[0].config)
+    for batch in world.trainers[0].seen:
+        np.testing.assert_array_equal(batch.token_column("reference_logprobs"), untrained.logprobs(batch))

@@ -1,0 +1,121 @@
+"""What a stage would do, from its settings, its data and the model's config.json; nothing is started or written."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from align_core.config import (
+    DpoConfig,
+    KtoConfig,
+    OfflineConfig,
+    ReferenceConfig,
+    RewardConfig,
+    SftConfig,
+    StageConfig,
+)
+from align_core.data.dataset import Dataset
+from align_core.data.files import DataFiles
+from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
+from align_core.memory import ModelMemory, model_memory
+from align_core.model_shape import ModelShape, read_model_shape
+from align_core.stages.preflight import open_tokenizer
+from align_core.types import Head
+
+Line = tuple[str, str]
+"""A name and what is planned under it."""
+
+_GIB = 2**30
+_READERS: dict[type[StageConfig], Callable[[DataFiles], Dataset[Any]]] = {
+    SftConfig: read_sft,
+    RewardConfig: read_ranked,
+    DpoConfig: read_preferences,
+    KtoConfig: read_marked,
+}
+
+
+def plan_lines(config: StageConfig) -> list[Line]:
+    """The plan of a stage, checked as the stage itself would check it.
+
+    Raises:
+        AlignError: what the stage would say before it starts a process.
+    """
+    open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    shape = read_model_shape(config.model)
+    return [
+        *_model_lines(config, shape),
+        *_data_lines(config),
+        *_memory_lines(config, shape),
+        *_file_lines(config, shape),
+    ]
+
+
+def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
+    parallel = config.parallel
+    yield (
+        "model",
+        f"{config.model}: {shape.parameters(head=_head(config)) / 1e6:,.1f} M parameters, {shape.layers} layers",
+    )
+    where = "in this process" if config.cluster.in_process else f"Ray ({config.cluster.address or 'private'})"
+    yield (
+        "placement",
+        f"{where}: {parallel.world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+        f"data {parallel.data}, one GPU each; {config.training.dtype}",
+    )
+
+
+def _data_lines(config: StageConfig) -> Iterator[Line]:
+    records = _READERS.get(type(config), read_prompts)(config.data)
+    records.order(batch_size=config.batch_size, seed=config.seed)
+    yield "data", f"{_shown(config.data)}: {len(records):,} records"
+    epochs = config.steps * config.batch_size / len(records)
+    yield "steps", f"{config.steps:,} of {config.batch_size:,} records: {epochs:.2f} epochs"
+    per_rank = config.batch_size / config.parallel.data
+    yield (
+        "batches",
+        f"{per_rank:g} records a rank and step, at most {config.max_length:,} tokens a sequence, packed into "
+        f"micro-batches of {config.training.micro_batch_tokens:,} tokens",
+    )
+    if isinstance(config, OfflineConfig) and config.eval_data:
+        held_out = _READERS[type(config)](config.eval_data)
+        yield "evaluation", f"{_shown(config.eval_data)}: {len(held_out):,} records every {config.eval_every:,} steps"
+
+
+def _memory_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
+    models = [("trained model", _memory(config, shape, trainable=True))]
+    if isinstance(config, ReferenceConfig) and config.reference == "step":
+        models.append(("frozen reference", _memory(config, shape, trainable=False)))
+    for name, memory in models:
+        yield f"memory per GPU, {name}", _memory_text(memory)
+    yield "memory per GPU, in all", f"about {sum(memory.total for _, memory in models) / _GIB:.2f} GiB, and the runtime"
+
+
+def _file_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
+    weights = shape.parameters(head=_head(config))
+    item = 2 if config.training.dtype == "bfloat16" else 4
+    checkpoint = weights * (item + 8 + (4 if item == 2 else 0))
+    models = 1 + (config.export == "hf") + (isinstance(config, OfflineConfig) and config.keep_best)
+    yield (
+        "bytes written",
+        f"{config.out}: {models} x {weights * item / _GIB:.2f} GiB of models; while training "
+        f"{config.keep_last} + 1 checkpoints of {checkpoint / _GIB:.2f} GiB",
+    )
+
+
+def _memory(config: StageConfig, shape: ModelShape, *, trainable: bool) -> ModelMemory:
+    return model_memory(
+        shape, parallel=config.parallel, training=config.training, head=_head(config), trainable=trainable
+    )
+
+
+def _memory_text(memory: ModelMemory) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    shown = [f"{name} {getattr(memory, name) / _GIB:.2f}" for name in parts if getattr(memory, name)]
+    return f"about {memory.total / _GIB:.2f} GiB: " + ", ".join(shown)
+
+
+def _head(config: StageConfig) -> Head:
+    return "score" if isinstance(config, RewardConfig) else "lm"
+
+
+def _shown(data: Path | Sequence[str]) -> str:
+    return str(data) if isinstance(data, Path) else ", ".join(data)
