@@ -13,12 +13,17 @@ from align_core.config import (
     EngineConfig,
     GrpoConfig,
     GrpoLoss,
+    KlConfig,
+    OnlineDpoConfig,
+    OnlineDpoLoss,
     OptimizerConfig,
     ParallelConfig,
     RewardConfig,
+    RlhfConfig,
     SamplingConfig,
     SftConfig,
     StageConfig,
+    ValueLoss,
 )
 
 _CONTEXT = 64  # a question with its template is about 30 tokens, an answer at most 5
@@ -72,6 +77,48 @@ def grpo(model: Path, data: Path, out: Path) -> GrpoConfig:
     )
 
 
+def rlhf(model: Path, data: Path, out: Path) -> RlhfConfig:
+    """PPO, four completions a prompt; a strong pull to the SFT model: the tiny reward model can be fooled."""
+    return RlhfConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=50,
+        batch_size=96,
+        max_length=_CONTEXT,
+        save_every=10,
+        parallel=_TWO_RANKS,
+        reward_model_parallel=_TWO_RANKS,
+        value_parallel=_TWO_RANKS,
+        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
+        value_optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=2),
+        value_warmup=3,
+        value_loss=ValueLoss(clip=None),
+        kl=KlConfig(coef=0.1),
+        sampling=SamplingConfig(n=4, max_tokens=8),
+        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
+    )
+
+
+def online_dpo(model: Path, data: Path, out: Path) -> OnlineDpoConfig:
+    """Groups of eight, best against all worse; beta as for dpo, times the length that its mean divides by."""
+    return OnlineDpoConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=50,
+        batch_size=64,
+        max_length=_CONTEXT,
+        save_every=10,
+        parallel=_TWO_RANKS,
+        reward_model_parallel=_TWO_RANKS,
+        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
+        loss=OnlineDpoLoss(beta=0.5),
+        sampling=SamplingConfig(n=8, max_tokens=8),
+        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
+    )
+
+
 def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
     """Right answers against wrong ones, from the SFT model."""
     return DpoConfig(
@@ -90,6 +137,8 @@ def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
 STAGES: Mapping[str, Callable[[Path, Path, Path], StageConfig]] = {
     "sft": sft,
     "reward": reward,
+    "rlhf": rlhf,
+    "online-dpo": online_dpo,
     "grpo": grpo,
     "dpo": dpo,
 }

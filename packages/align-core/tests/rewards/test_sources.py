@@ -1,0 +1,165 @@
+"""The built-in rewards: a form, a program, a server, a judge; and the grammar of several with weights."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from align_core.config import ScoringConfig
+from align_core.conformance import check_reward
+from align_core.errors import ConfigError, DataError
+from align_core.rewards.command import CommandReward
+from align_core.rewards.format import FormatReward
+from align_core.rewards.http import HttpReward
+from align_core.rewards.judge import JudgeReward
+from align_core.rewards.sources import Weighted, parse_rewards
+
+PROGRAM = """
+import json, sys
+call = json.load(sys.stdin)
+print("counted", file=sys.stderr)
+json.dump([{"value": len(c), "extracted": p} if c != "bad" else {"error": "bad"} for p, c in
+           zip(call["prompts"], call["completions"])], sys.stdout)
+"""
+
+
+def test_grammar_of_weights() -> None:
+    assert parse_rewards("math") == [Weighted(name="math", weight=1.0)]
+    assert parse_rewards("math=0.5, a/b.py:f=-2") == [
+        Weighted(name="math", weight=0.5),
+        Weighted(name="a/b.py:f", weight=-2.0),
+    ]
+
+
+def test_format_by_hand() -> None:
+    """The whole reply must match; the first group is what was read out of it."""
+    reward = FormatReward(ScoringConfig(pattern=r"<think>.*</think>\s*#### (\d+)"))
+    texts = ["<think>1\n+ 1</think>\n#### 2", "#### 2", "<think></think> #### 2 and more"]
+    scores = reward(["p"] * 3, texts, {})
+    assert [(s.value, s.extracted) for s in scores] == [(1.0, "2"), (0.0, ""), (0.0, "")]
+    check_reward(reward, prompts=["p"] * 3, completions=texts, columns={})
+
+
+@pytest.mark.parametrize("pattern", ["", "(", "[a"])
+def test_format_refuses_what_is_no_pattern(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"scoring\.pattern"):
+        FormatReward(ScoringConfig(pattern=pattern))
+
+
+def test_program_scores_by_json(tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(PROGRAM, encoding="utf-8")
+    reward = CommandReward(ScoringConfig(command=(sys.executable, str(tmp_path / "score.py"))))
+    scores = reward(["p", "q", "r"], ["ab", "bad", "$(x); y"], {"answer": [1, None, "z"]})
+    assert [(s.value, s.error, s.extracted) for s in scores] == [(2.0, "", "p"), (None, "bad", ""), (7.0, "", "r")]
+    check_reward(reward, prompts=["p", "q"], completions=["ab", "bad"], columns={"answer": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit('no data')", "ended with status 1: no data"),
+        ("print('[1]')", "expected a JSON list of 2 scores.*got a list of 1"),
+        ("print('hello')", "Expecting value"),
+        ("import time; time.sleep(60)", "gave no scores within 0.5 s"),
+    ],
+)
+def test_program_that_fails_says_how(code: str, message: str) -> None:
+    reward = CommandReward(ScoringConfig(command=(sys.executable, "-c", code), timeout=0.5 if "sleep" in code else 30))
+    with pytest.raises(DataError, match=message):
+        reward(["p", "q"], ["a", "b"], {})
+
+
+def test_program_that_is_not_there() -> None:
+    with pytest.raises(DataError, match="cannot be run"):
+        CommandReward(ScoringConfig(command=("/no/such/program",)))(["p"], ["a"], {})
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Scores by length; as a judge rates by length too, or answers without a rating to "mute"."""
+
+    seen: ClassVar[list[tuple[str, dict[str, Any], str | None]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append((self.path, body, self.headers["Authorization"]))
+        if self.path == "/refuse":
+            self.send_error(403, "not you")
+            return
+        if self.path.endswith("/chat/completions"):
+            reply = body["messages"][1]["content"].partition("<reply>\n")[2].partition("\n</reply>")[0]
+            content = "I cannot say" if reply == "mute" else f"[[3]] no, rather [[{len(reply)}]]"
+            answer: object = {"choices": [{"message": {"content": content}}]}
+        else:
+            answer = {"scores": [len(text) for text in body["completions"]]}
+        data = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A server on this machine."""
+    _Handler.seen = []
+    with HTTPServer(("127.0.0.1", 0), _Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_server_scores_and_gets_the_token_of_the_environment(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORE_KEY", "s3cret")
+    reward = HttpReward(ScoringConfig(url=f"{server}/score", key_variable="SCORE_KEY"))
+    assert [s.value for s in reward(["p", "q"], ["a", "bb"], {"answer": [1, 2]})] == [1.0, 2.0]
+    path, body, token = _Handler.seen[0]
+    assert (path, token) == ("/score", "Bearer s3cret")
+    assert body == {"prompts": ["p", "q"], "completions": ["a", "bb"], "columns": {"answer": [1, 2]}}
+
+
+def test_server_that_refuses_is_named_without_the_token(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCORE_KEY", "s3cret")
+    reward = HttpReward(ScoringConfig(url=f"{server}/refuse", key_variable="SCORE_KEY"))
+    with pytest.raises(DataError, match="refused with status 403") as refusal:
+        reward(["p"], ["a"], {})
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_server_that_is_away() -> None:
+    with pytest.raises(DataError, match="gave no scores"):
+        HttpReward(ScoringConfig(url="http://127.0.0.1:9/score", timeout=2.0))(["p"], ["a"], {})
+
+
+def test_judge_takes_the_last_rating_and_fails_without_one(server: str) -> None:
+    """A reply cannot close its own mark."""
+    reward = JudgeReward(ScoringConfig(url=f"{server}/v1", model="judge-1", rubric="Rate."))
+    scores = reward(["p"] * 3, ["abcd", "mute", "a</reply>b"], {})
+    assert [s.value for s in scores] == [4.0, None, 2.0]
+    assert scores[1].error == "the judge gave no [[rating]]: 'I cannot say'"
+    assert {(path, body["model"], body["temperature"]) for path, body, _ in _Handler.seen} == {
+        ("/v1/chat/completions", "judge-1", 0.0)
+    }
+
+
+@pytest.mark.parametrize(
+    ("scoring", "message"),
+    [
+        ({"url": "file:///etc/passwd"}, "needs an address"),
+        ({"url": "http://x", "key_variable": "NO_SUCH_KEY_HERE"}, "'NO_SUCH_KEY_HERE', which the environment"),
+    ],
+)
+def test_address_and_token_are_checked_first(scoring: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HttpReward(ScoringConfig(**scoring))
+    with pytest.raises(ConfigError, match="name of the judging model"):
+        JudgeReward(ScoringConfig(url="http://x"))
