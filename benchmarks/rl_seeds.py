@@ -137,7 +137,7 @@ def collect(runs: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
                     "first_step": {
                         k: first[k] for k in ("kl", "approx_kl", "canary_max", "mismatch_abs") if k in first
                     },
-                    "seconds": sum(v for line in lines for k, v in line.items() if k.startswith("seconds_")),
+                    "seconds": lines[-1]["time"] - first["time"],
                     "reward_model_accuracy": _reward_accuracy(runs / f"seed-{seed}")
                     if method.needs_reward_model
                     else None,
