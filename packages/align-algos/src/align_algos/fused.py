@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from align_algos.checks import check_columns
 from align_algos.errors import InputError
-from align_algos.softmax_blocks import RowGradient, Statistics, empty_statistics, take_block, to_gradient
+from align_algos.softmax_blocks import RowGradient, Statistics, empty_statistics, rebase_moment, take_block, to_gradient
 from align_algos.vocabulary import VocabularySlice, check_matrix, check_rows, check_targets, summed, vocabulary_slice
 
 if TYPE_CHECKING:
@@ -182,8 +182,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             piece = slice(start, start + rows)
             logits_RC = hidden_NH[piece] @ real_CH.T
             statistics = empty_statistics(len(logits_RC), like=hidden_NH, entropy=False)
-            if part.columns:
-                take_block(logits_RC, column_N[piece], statistics, temperature=part.temperature)
+            take_block(logits_RC, column_N[piece], statistics, temperature=part.temperature)
             at_target_R, log_mass_R, _ = _merged(statistics, part.group)
             logprobs_N[piece] = at_target_R - statistics.top_N - log_mass_R
             if hidden_grad_NH is not None or weight_grad is not None:
@@ -246,15 +245,14 @@ def _merged(statistics: Statistics, group: "ProcessGroup | None") -> tuple[Tenso
     own_top_N = top_N.clone()
     if group is not None:
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
-    shift_N = own_top_N - top_N
-    scale_N = shift_N.exp()
+    scale_N = (own_top_N - top_N).exp()
     total_N = summed(mass_N * scale_N, group)
     log_mass_N = total_N.log()
     check_rows(log_mass_N, "hidden_NH @ weight_VH^T")
     entropy_N = torch.zeros_like(log_mass_N)
     if moment_N is not None:
-        moment_N = summed(scale_N * (moment_N + shift_N * mass_N), group)
-        entropy_N = log_mass_N - moment_N / total_N
+        rebase_moment(moment_N, mass_N, own_top_N, top_N)
+        entropy_N = log_mass_N - summed(moment_N, group) / total_N
     return summed(at_target_N, group), log_mass_N, entropy_N
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# exp() of it is 0 also in float64. A lower one could make shift * mass infinite, and 0 times that is NaN.
+LOWEST_SHIFT = -1e4
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -58,6 +60,8 @@ def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, 
         logits_NC: floating [N, C], contiguous rows.
         columns_N: int64 [N], column of the target in this block; outside 0 to C - 1 where it is elsewhere.
     """
+    if logits_NC.numel() == 0:  # a rank that holds only padding of the vocabulary
+        return
     if use_triton(logits_NC):
         from align_algos import softmax_triton  # noqa: PLC0415 (torch for CPU comes without Triton)
 
@@ -70,15 +74,19 @@ def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, 
     new_top_N = torch.maximum(top_N, x_NC.amax(1))
     x_NC -= new_top_N[:, None]
     exp_NC = x_NC.exp()
-    shift_N = top_N - new_top_N
-    scale_N = shift_N.exp()
     if moment_N is not None:
-        moment_N += shift_N * mass_N
-        moment_N *= scale_N
+        rebase_moment(moment_N, mass_N, top_N, new_top_N)
         moment_N += x_NC.masked_fill_(exp_NC == 0, 0.0).mul_(exp_NC).sum(1)
-    mass_N *= scale_N
+    mass_N *= (top_N - new_top_N).exp()
     mass_N += exp_NC.sum(1)
     top_N.copy_(new_top_N)
+
+
+def rebase_moment(moment_N: Tensor, mass_N: Tensor, top_N: Tensor, new_top_N: Tensor) -> None:
+    """The moment about a higher top, in place; `mass_N` is still about the old one."""
+    shift_N = (top_N - new_top_N).clamp_min(LOWEST_SHIFT)
+    moment_N += shift_N * mass_N
+    moment_N *= shift_N.exp()
 
 
 def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temperature: float) -> None:
@@ -86,6 +94,8 @@ def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temp
 
     d/dlogit_j = (weight (1[j = target] - p_j) - entropy_weight p_j (log p_j + entropy)) / temperature
     """
+    if logits_NC.numel() == 0:  # a rank that holds only padding of the vocabulary
+        return
     if use_triton(logits_NC):
         from align_algos import softmax_triton  # noqa: PLC0415
 

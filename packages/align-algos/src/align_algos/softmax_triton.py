@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from align_algos.softmax_blocks import RowGradient, Statistics
+from align_algos.softmax_blocks import LOWEST_SHIFT, RowGradient, Statistics
 
 # Columns a program takes at a time: 4096 float32 are 16 registers of each of 256 threads.
 _TILE = 4096
@@ -20,7 +20,15 @@ _WARPS = 8
 def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, temperature: float) -> None:
     """As `softmax_blocks.take_block`."""
     entropy = statistics.moment_N is not None
-    _launch(_statistics_kernel, logits_NC, columns_N, statistics, temperature=temperature, entropy=entropy)
+    _launch(
+        _statistics_kernel,
+        logits_NC,
+        columns_N,
+        statistics,
+        temperature=temperature,
+        entropy=entropy,
+        LOWEST=LOWEST_SHIFT,
+    )
 
 
 def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temperature: float) -> None:
@@ -37,11 +45,10 @@ def _launch(
     *,
     temperature: float,
     entropy: bool,
+    **constants: float,
 ) -> None:
     """One program a row."""
     rows, columns = logits_NC.shape
-    if rows == 0 or columns == 0:
-        return
     # A column that is None becomes one that the kernel will not read.
     filled = tuple(per_row[0] if column is None else column for column in per_row)
     with torch.cuda.device(logits_NC.device):
@@ -54,6 +61,7 @@ def _launch(
             1.0 / temperature,
             ENTROPY=entropy,
             TILE=_TILE,
+            **constants,
             num_warps=_WARPS,
         )
 
@@ -71,6 +79,7 @@ def _statistics_kernel(  # noqa: PLR0917 (Triton takes them by position)
     inverse_temperature: Any,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
+    LOWEST: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -87,7 +96,7 @@ def _statistics_kernel(  # noqa: PLR0917 (Triton takes them by position)
         e = tl.exp(x - new)
         scale = tl.exp(m - new)
         if ENTROPY:
-            q = scale * (q + (m - new) * s) + tl.sum(tl.where(e > 0, e * (x - new), 0.0), 0)
+            q = scale * (q + tl.maximum(m - new, LOWEST) * s) + tl.sum(tl.where(e > 0, e * (x - new), 0.0), 0)
         s = s * scale + tl.sum(e, 0)
         m = new
     tl.store(top + row, m)
