@@ -11,15 +11,16 @@ from pathlib import Path
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Replaces `path` by `value` as indented JSON, atomically."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Replaces `path` by one JSON object a line, atomically."""
-    _replace(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-from align_core import registry
 from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine
 from align_core.errors import ConfigError, WorkerError
@@ -17,18 +15,10 @@ from align_core.text import Tokenizer, load_tokenizer, render_prompt
 from align_core.types import Completion, FinishReason, Prompt
 from align_eval.accuracy.math import grade
 from align_eval.accuracy.tasks import Task
+from align_eval.models import running_engine
 from align_eval.statistics import wilson
 
 _CHUNK = 256  # prompts handed over at once: enough to keep an engine busy, few enough to show progress
-
-
-@runtime_checkable
-class EngineClass(Protocol):
-    """What the entry-point group `align.engines` offers."""
-
-    def from_model(self, model: Path, config: EngineConfig) -> RolloutEngine:
-        """Starts an engine on the Hugging Face directory `model`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,10 +135,8 @@ def evaluate_model(
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Starts the engine named in `engine` on `model`, evaluates, and frees the engine whatever happens."""
-    factory = engine_class(engine.name)
     tokenizer = load_tokenizer(model)
-    live = factory.from_model(model, engine)
-    try:
+    with running_engine(model, engine) as live:
         return evaluate(
             live,
             tokenizer,
@@ -158,16 +146,6 @@ def evaluate_model(
             template=template,
             progress=progress,
         )
-    finally:
-        live.close()
-
-
-def engine_class(name: str) -> EngineClass:
-    """The engine registered as `name`; raises ConfigError for an unknown one."""
-    found = registry.load("align.engines", name)
-    if not isinstance(found, EngineClass):
-        raise ConfigError(f"rollout engine {name!r} offers no from_model(model, config), so it cannot be started here")
-    return found
 
 
 def summarise(items: Sequence[Item], *, seconds: float) -> Accuracy:
