@@ -17,7 +17,7 @@ ReadWinner = Callable[[str], Winner | None]
 LOWEST, HIGHEST = 1.0, 10.0
 _BRACKETS = re.compile(r"\[\[([^\[\]]*)\]\]")
 _RATING = re.compile(r"\s*(?:rating\s*:\s*)?([0-9]+(?:\.[0-9]+)?)\s*(?:/\s*10\s*)?", re.IGNORECASE)
-_FASTCHAT = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+_FASTCHAT = (re.compile(r"\[\[(\d+\.?\d*)\]\]", re.ASCII), re.compile(r"\[(\d+\.?\d*)\]", re.ASCII))
 _WINNERS: dict[str, Winner] = {"A": "A", "B": "B", "C": "tie"}
 
 
@@ -46,7 +46,8 @@ def strict_winner(judgment: str) -> Winner | None:
 def compatible_rating(judgment: str) -> float | None:
     """The rating that FastChat's parser reads; None stands for its -1.
 
-    One case differs: `[[05]]` ends FastChat's worker with a SyntaxError; here it is no rating.
+    One case differs: `[[05]]` (and a digit outside ASCII) ends FastChat's worker with a SyntaxError; here it is no
+    rating.
     """
     for pattern in _FASTCHAT:
         match = pattern.search(judgment)
