@@ -40,7 +40,7 @@ class StubService:
     """Share of conversations that meet faults before their reply."""
     faults: Sequence[str] = FAULTS
     slow_share: float = 0.0
-    """Share of conversations whose reply takes five times as long."""
+    """Share of conversations whose reply takes three times as long."""
     hang_seconds: float = 3.0
     retry_after: str = "0.2"
     refuse: tuple[int, str] | None = None
@@ -58,6 +58,7 @@ class StubService:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else the body waits 40 ms for the receipt of the headers
 
             def do_POST(self) -> None:
                 service.answer(self)
@@ -96,7 +97,9 @@ class StubService:
         status = self._respond(handler, body)
         with self._lock:
             seconds = time.monotonic() - begin
-            self.requests.append({"body": body, "status": status, "seconds": seconds, "path": handler.path})
+            self.requests.append(
+                {"body": body, "status": status, "begin": begin, "seconds": seconds, "path": handler.path}
+            )
 
     def _respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> str:
         messages = body["messages"]
@@ -109,7 +112,7 @@ class StubService:
             attempt = self._tries[number]
             self._tries[number] += 1
         slow = _number(messages, "slow") % 1000 < 1000 * self.slow_share
-        time.sleep(self.seconds * (5 if slow else 1))
+        time.sleep(self.seconds * (3 if slow else 1))
         if number % 1000 < 1000 * self.fault_share and attempt < 1 + number % 2:
             return self._fault(handler, self.faults[(number // 1000 + attempt) % len(self.faults)])
         self._send(handler, 200, _completion(body, self.reply(messages)))

@@ -43,19 +43,19 @@ def _without_time(path: Path) -> list[dict[str, Any]]:
 
 
 def test_faults_lose_nothing_and_cost_little_time(data: Path, write_model: WriteModel) -> None:
-    """160 judgments, 8 at a time, 0.2 s each, a third of them after 1 or 2 faults of every kind, a tenth slow.
+    """160 judgments, 6 at a time, 0.25 s each, a third of them after 1 or 2 faults of every kind, a tenth slow.
 
-    Ideal: all that the service worked on (failed attempts too), divided by 8. A hanging request counts until the client
+    Ideal: all that the service worked on (failed attempts too), divided by 6. A hanging request counts until the client
     gives up on it.
     """
     folder = write_model("m")
-    options = ("--concurrency", 8, "--timeout", 1.2, "--max-tokens", 100)
-    with StubService(seconds=0.2, fault_share=0.33, slow_share=0.1, hang_seconds=1.2) as service:
+    options = ("--concurrency", 6, "--timeout", 1.2, "--max-tokens", 100)
+    with StubService(seconds=0.25, fault_share=0.33, slow_share=0.1, hang_seconds=1.0) as service:
         begin = time.monotonic()
         assert main(_arguments(folder, data, service, *options)) == 0
         seconds = time.monotonic() - begin
         met = Counter(request["status"] for request in service.requests)
-        ideal = service.seconds_worked / 8
+        ideal = service.seconds_worked / 6
     assert met["200"] == 160
     assert all(met[fault] for fault in ("429", "500", "hang", "malformed", "truncated", "empty", "broken")), met
     rows = read_single([folder.fastchat_judgments("stub", "single")])
