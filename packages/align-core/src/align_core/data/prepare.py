@@ -11,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from align_core.atomic import new_directory
+from align_core.data.sharegpt import read_sharegpt, sharegpt_files
 from align_core.errors import DataError
 from align_core.tutorial.additions import write_additions
 
@@ -24,10 +25,10 @@ _FINAL = re.compile(r"####\s*-?\d[\d,]*\s*\Z")
 
 
 def main(words: Sequence[str]) -> int:
-    """`align data prepare {additions,gsm8k,hh} [--source FILE] --out DIR`."""
+    """`align data prepare {additions,gsm8k,hh,sharegpt} [--source FILE] --out DIR`."""
     parser = argparse.ArgumentParser(prog="align data", description=__doc__)
     parser.add_argument("action", choices=["prepare"])
-    parser.add_argument("dataset", choices=["additions", *sorted(_DATASETS)])
+    parser.add_argument("dataset", choices=["additions", *sorted([*_DATASETS, _SHAREGPT])])
     parser.add_argument("--source", type=Path, help="the original file (JSON lines, .gz is fine); none for additions")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; must be new or empty")
     parser.add_argument("--held_out", type=int, default=200, help="records kept for testing (default 200)")
@@ -43,18 +44,21 @@ def main(words: Sequence[str]) -> int:
 
 
 def prepare(dataset: str, source: Path, out: Path, *, held_out: int, seed: int) -> None:
-    """Writes OUT/{sft,preferences,prompts,test,test_preferences}.jsonl, all or nothing.
+    """Writes OUT/{sft,preferences,prompts,test,...}.jsonl, whatever the data set has, all or nothing.
 
     Raises:
         DataError: the source is missing, a record is not what the data set has, too few are there to hold some out, or
             `out` is taken.
     """
-    rows = list(_read(source))
+    rows = read_sharegpt(source) if dataset == _SHAREGPT and source.is_file() else list(_read(source))
     if not 0 < held_out < len(rows):
         raise DataError(f"{source} has {len(rows)} records; held_out must lie between 1 and one less, got {held_out}")
     rng = random.Random(seed)
     rng.shuffle(rows)
-    files = _DATASETS[dataset](rows[held_out:], rows[:held_out], rng)
+    if dataset == _SHAREGPT:
+        files: Mapping[str, Iterable[Mapping[str, object]]] = sharegpt_files(rows[held_out:], rows[:held_out])
+    else:
+        files = _DATASETS[dataset](rows[held_out:], rows[:held_out], rng)
     with new_directory(out) as directory:
         for name, records in files.items():
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -136,6 +140,7 @@ def _open(source: Path) -> gzip.GzipFile | BufferedReader:
     return gzip.open(source, "rb") if source.suffix == ".gz" else source.open("rb")
 
 
+_SHAREGPT = "sharegpt"
 _DATASETS: Mapping[str, Callable[[Sequence[Row], Sequence[Row], random.Random], Mapping[str, Iterable[Row]]]] = {
     "gsm8k": _gsm8k,
     "hh": _hh,
