@@ -161,9 +161,8 @@ def _prompt(row: Row) -> PromptRecord:
             raise DataError(f"'messages' of a prompt must end in the user's turn, not the {messages[-1]['role']}'s")
         return PromptRecord(prompt=messages, columns={k: v for k, v in row.items() if k != "messages"})
     key = next((name for name in ("prompt", "query", "question") if name in row), "prompt")
-    return PromptRecord(
-        prompt=_content(row) if key == "prompt" else _text(row, key), columns={k: v for k, v in row.items() if k != key}
-    )
+    content = _content(row) if isinstance(row.get("prompt"), list) else _text(row, key)
+    return PromptRecord(prompt=content, columns={k: v for k, v in row.items() if k != key})
 
 
 def _content(row: Row) -> Content:

@@ -63,7 +63,8 @@ class ScoreHead(MegatronModule):  # type: ignore[misc]
         """[tokens, 1, hidden] to [tokens, 1, 1], and the bias that there is not."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return nn.functional.linear(hidden, self.weight), None
+        # In float32: bfloat16 would round a score of 1 to steps of 1/128, and tie responses that differ.
+        return nn.functional.linear(hidden.float(), self.weight.float()), None
 
 
 def model_device() -> torch.device:

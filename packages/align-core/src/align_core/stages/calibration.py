@@ -25,24 +25,25 @@ def calibration(margins_P: NDArray[np.float64]) -> dict[str, float]:
     """What a reward model's margins on held-out pairs say about it.
 
     Returns:
-        `accuracy`: share of pairs ordered rightly (an equal score is wrong); `loss`: mean -log p of what people chose,
-        nats; `brier`: mean squared distance of p to what people chose (0.25 is chance); `ece`: expected calibration
-        error, the mean distance between confidence and accuracy over ten equal intervals of confidence.
+        `accuracy`: share of pairs ordered rightly, equal scores counting half; `loss`: mean -log p of what people
+        chose, nats; `brier`: mean squared distance of p to what people chose (0.25 is chance); `ece`: expected
+        calibration error, the mean distance between confidence and accuracy over ten equal intervals of confidence.
         Nothing for no pairs.
     Source: Brier 1950; Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
     if not len(margins_P):
         return {}
     p_P = _sigmoid(margins_P)
+    right_P = 0.5 * (1.0 + np.sign(margins_P))
     return {
-        "accuracy": float(np.mean(margins_P > 0)),
+        "accuracy": float(np.mean(right_P)),
         "loss": float(np.mean(np.logaddexp(0.0, -margins_P))),
         "brier": float(np.mean((1.0 - p_P) ** 2)),
-        "ece": _calibration_error(np.maximum(p_P, 1.0 - p_P), margins_P > 0),
+        "ece": _calibration_error(np.maximum(p_P, 1.0 - p_P), right_P),
     }
 
 
-def _calibration_error(confidence_P: NDArray[np.float64], right_P: NDArray[np.bool_]) -> float:
+def _calibration_error(confidence_P: NDArray[np.float64], right_P: NDArray[np.float64]) -> float:
     """Confidence lies between 1/2 and 1, as the more likely of two outcomes."""
     bin_P = np.minimum(((confidence_P - 0.5) * 2 * _BINS).astype(np.int64), _BINS - 1)
     gaps = [
