@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from align_algos import InputError, group_normalised, leave_one_out
+from align_algos import InputError, group_normalised, leave_one_out, mixed_groups
 
 
 def test_normalised_by_hand() -> None:
@@ -78,3 +78,11 @@ def test_nan_reward_and_wrong_groups_are_refused() -> None:
         leave_one_out(torch.zeros(2), torch.tensor([0]))
     with pytest.raises(InputError, match="eps is -1"):
         group_normalised(torch.zeros(2), torch.tensor([0, 0]), eps=-1.0)
+
+
+def test_mixed_groups_keeps_those_that_can_teach() -> None:
+    """Groups 7 (0.1 three times: tied), 3 (0 and 1), 5 (alone), in any order."""
+    rewards = torch.tensor([0.1, 0.0, 0.1, 0.9, 1.0, 0.1])
+    groups = torch.tensor([7, 3, 7, 5, 3, 7])
+    assert mixed_groups(rewards, groups).tolist() == [False, True, False, False, True, False]
+    assert not mixed_groups(rewards, groups, tolerance=1.0).any()

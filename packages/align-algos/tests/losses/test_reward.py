@@ -76,3 +76,14 @@ def test_count_pairs_equals_counting_one_by_one(rows: list[tuple[int, float]]) -
 def test_group_ids_must_be_integers() -> None:
     with pytest.raises(InputError, match=r"group_B has dtype torch.float32; expected an integer dtype"):
         reward_loss(torch.ones(2), torch.ones(2), torch.ones(2), num_pairs=1)
+
+
+def test_margin_and_centring_by_hand() -> None:
+    """Scores 2 and 0.5, labels 1 and 0.25, half a point of score for a whole label: x = 1.5 - 0.5 x 0.75 = 1.125.
+
+    ln(1 + e^-1.125) = 0.281150; centring 0.01 x 2.5^2 = 0.0625. The reported margin and accuracy are of the scores.
+    """
+    columns = (torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.25]), torch.tensor([3, 3]))
+    output = reward_loss(*columns, num_pairs=1, margin_scale=0.5, centre_coef=0.01)
+    assert_close(output.loss, torch.tensor(0.343650))
+    assert_close(output.metrics["margin"], torch.tensor(1.5))
