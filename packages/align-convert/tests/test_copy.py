@@ -229,6 +229,14 @@ def test_failure_half_way_leaves_the_old_checkpoint_and_no_rubbish(
     with pytest.raises(KeyboardInterrupt):
         to_megatron(source, out, layout=Layout(tp=2), overwrite=True, progress=stop)
     assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "hf", "out"]
+
+    def fail(_: int) -> None:
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"):
+        to_megatron(source, out, layout=Layout(tp=2), overwrite=True, progress=fail)
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 

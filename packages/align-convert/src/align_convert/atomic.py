@@ -3,6 +3,7 @@
 Knows nothing about checkpoints but how to recognise one, so that `overwrite` can never remove anything else.
 """
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -68,6 +69,58 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_directory(path.parent)
+
+
+@contextmanager
+def resumable_directory(path: Path, *, resume: bool) -> Iterator[Path]:
+    """As `new_directory`, but what a killed or interrupted run has left is found again by the next one.
+
+    Only one process at a time may write for the same `path`; an error removes what was written, an interrupt keeps it.
+
+    Args:
+        resume: keep what an earlier run has left; otherwise begin with an empty directory.
+    Raises:
+        FormatError: another process is writing it.
+    """
+    path = path.absolute()
+    temporary = unfinished(path)
+    temporary.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _lock(descriptor, path)
+        if not resume:
+            _empty(temporary)
+        try:
+            yield temporary
+            for folder, _, _ in os.walk(temporary):
+                _sync_directory(Path(folder))
+            _replace_directory(temporary, path)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_directory(path.parent)
+    finally:
+        os.close(descriptor)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a resumable copy to `path` is until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FormatError(f"another process is writing {str(path)!r}; wait for it or give another output") from None
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager

@@ -1,32 +1,37 @@
 """Whole-checkpoint copies: any readable directory into a Megatron or a Hugging Face one.
 
-Each copy is first a plan (what is written, how large), with everything refused that can be known beforehand; then it
-runs rank by rank or tensor by tensor, so that at most one output file's tensors are in memory.
+Each copy is first a plan (what is written, how large), with everything refused that can be known beforehand; then
+`transfer` carries it out, in bounded memory, into a hidden directory beside the destination that is renamed when whole.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
-from align_convert.atomic import check_apart, check_destination, check_space, new_directory
+from align_convert.atomic import check_apart, check_destination, check_space, resumable_directory, unfinished
 from align_convert.carried import carried_files
 from align_convert.dtypes import dtype_name
 from align_convert.errors import PlanError
-from align_convert.fill import fill_shard
-from align_convert.formats.hf_writer import DEFAULT_MAX_SHARD_SIZE, plan_files, write_hf
-from align_convert.formats.megatron_files import iteration_folder, rank_file
-from align_convert.formats.megatron_writer import finish_megatron, write_megatron_rank
-from align_convert.layout import Layout, Rank
-from align_convert.plan import rank_plan
+from align_convert.formats.dist_output import plan_dist
+from align_convert.formats.hf_writer import DEFAULT_MAX_SHARD_SIZE, plan_hf
+from align_convert.formats.megatron_names import Naming
+from align_convert.formats.megatron_output import plan_megatron
+from align_convert.layout import Layout
+from align_convert.manifest import JOURNAL, MANIFEST, Journal, digest_file, digest_of, write_manifest
+from align_convert.output import Output
 from align_convert.source import Source
+from align_convert.transfer import Settings, transfer
 
 Progress = Callable[[int], None]
-"""Called with a number of bytes: once with the total, before anything is written, or with those just converted."""
+"""Called with a number of bytes: once with the total, before anything is written, or with those just written."""
 
-_ITERATION = 1  # Megatron takes 0 for "nothing to resume", and its loaders reject `release` here and there
+MegatronFormat = Literal["torch", "torch_dist"]
+FORMATS: tuple[str, ...] = get_args(MegatronFormat)
+DEFAULT_SETTINGS = Settings()
 
 
 def _ignore(_: int) -> None:
@@ -37,84 +42,55 @@ def _ignore(_: int) -> None:
 class CopyPlan:
     """What a copy writes."""
 
-    files: tuple[tuple[str, int], ...]
-    """Weight files below the destination, with their bytes of weights."""
+    source: Source
+    destination: Path
+    output: Output
     carried: tuple[str, ...]
     """Files beside the weights that come along."""
-    dtype: torch.dtype
-    peak_bytes: int
-    """Weights in memory at once: one rank's file on the way to Megatron, one tensor on the way to Hugging Face."""
+    warnings: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[tuple[str, int], ...]:
+        """Weight files below the destination, with their bytes of weights."""
+        return tuple((str(file.path), file.weight_bytes) for file in self.output.files)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights to be written."""
+        return self.output.dtype
 
     @property
     def total_bytes(self) -> int:
-        """Weights written."""
-        return sum(size for _, size in self.files)
+        """Of all weights to be written."""
+        return self.output.weight_bytes
 
 
 def plan_to_megatron(
-    source: Source, destination: Path, *, layout: Layout, dtype: torch.dtype | None = None, overwrite: bool = False
+    source: Source,
+    destination: Path,
+    *,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    file_format: MegatronFormat = "torch",
+    naming: Naming = "local",
+    overwrite: bool = False,
 ) -> CopyPlan:
     """Check a copy to Megatron and say what it would write; touches nothing.
 
     Args:
+        layout: of `torch` files; `torch_dist` files are the same for every layout, but padded for this one.
         dtype: what weights are cast to; None keeps the source's.
+        naming: spelling of `torch` files; `torch_dist` has only one.
     Raises:
         ConvertError: the source is incomplete, the layout impossible, or the destination taken or too small.
     """
     layout.check(source.config)
     chosen = _check_copy(source, destination, dtype=dtype, overwrite=overwrite)
-    folder = iteration_folder(Path(), _ITERATION)
-    files = [
-        (str(rank_file(folder, layout, rank)), _rank_bytes(source, layout, chosen, rank)) for rank in layout.files()
-    ]
-    plan = CopyPlan(
-        files=tuple(files), carried=_carried_names(source), dtype=chosen, peak_bytes=max(size for _, size in files)
-    )
-    check_space(destination, plan.total_bytes)
-    return plan
-
-
-def to_megatron(
-    source: Source,
-    destination: str | Path,
-    *,
-    layout: Layout,
-    dtype: torch.dtype | None = None,
-    overwrite: bool = False,
-    start: Progress = _ignore,
-    progress: Progress = _ignore,
-) -> CopyPlan:
-    """Write `source` as a Megatron directory; it appears complete or not at all.
-
-    Raises:
-        ConvertError: as `plan_to_megatron`, before anything is written.
-    """
-    path = Path(destination)
-    plan = plan_to_megatron(source, path, layout=layout, dtype=dtype, overwrite=overwrite)
-    start(plan.total_bytes)
-    with new_directory(path) as temporary:
-        for rank in layout.files():
-            chunks = [
-                dict(_filled(source, layout, replace(rank, vp=vp), plan.dtype, progress)) for vp in range(layout.vp)
-            ]
-            write_megatron_rank(
-                temporary,
-                config=source.config,
-                layout=layout,
-                rank=rank,
-                chunks=chunks,
-                dtype=plan.dtype,
-                iteration=_ITERATION,
-            )
-        finish_megatron(
-            temporary,
-            config=source.config,
-            layout=layout,
-            dtype=plan.dtype,
-            iteration=_ITERATION,
-            carry_from=source.root,
-        )
-    return plan
+    if file_format == "torch_dist":
+        output = plan_dist(source.config, layout, dtype=chosen, carry_from=source.root)
+    else:
+        output = plan_megatron(source.config, layout, dtype=chosen, naming=naming, carry_from=source.root)
+    return _plan(source, destination, output)
 
 
 def plan_to_hf(
@@ -131,15 +107,77 @@ def plan_to_hf(
         ConvertError: the source is incomplete, or the destination taken or too small.
     """
     chosen = _check_copy(source, destination, dtype=dtype, overwrite=overwrite)
-    shapes = source.config.tensors()
-    files = plan_files(shapes, dtype=chosen, max_shard_size=max_shard_size)
-    plan = CopyPlan(
-        files=tuple((file.name, file.size - len(file.header)) for file in files),
-        carried=_carried_names(source),
-        dtype=chosen,
-        peak_bytes=max(prod(shape) for shape in shapes.values()) * chosen.itemsize,
+    output = plan_hf(source.config, dtype=chosen, max_shard_size=max_shard_size, carry_from=source.root)
+    return _plan(source, destination, output)
+
+
+def run(
+    plan: CopyPlan,
+    *,
+    settings: Settings = DEFAULT_SETTINGS,
+    resume: bool = False,
+    start: Progress = _ignore,
+    progress: Progress = _ignore,
+) -> None:
+    """Write what was planned; the destination appears complete or not at all.
+
+    Args:
+        resume: go on where a run that was killed or interrupted has stopped, if there was one.
+    Raises:
+        ConvertError, OSError: nothing is left behind. KeyboardInterrupt: what was written is kept for `resume`.
+    """
+    output, weights = plan.output, {file.path for file in plan.output.files}
+    start(plan.total_bytes)
+    with resumable_directory(plan.destination, resume=resume) as root:
+        for path in list(output.small_files(root)):
+            if path != Path(JOURNAL) and path not in weights:
+                (root / path).unlink()
+        fingerprint = _fingerprint(plan)
+        journal = Journal(root / JOURNAL, fingerprint, tile_bytes=settings.tile_bytes, resume=resume)
+        try:
+            journal.confirm(root, mode=settings.mode)
+            chunks = transfer(
+                output,
+                plan.source.held(),
+                root,
+                settings=settings,
+                journal=journal,
+                tile_bytes=journal.tile_bytes,
+                progress=progress,
+            )
+        finally:
+            journal.close()
+        output.finish(root)
+        small = [path for path in output.small_files(root) if path.name not in (JOURNAL, MANIFEST)]
+        write_manifest(root, [*chunks, *(chunk for path in small for chunk in digest_file(root, path))])
+        (root / JOURNAL).unlink()
+
+
+def to_megatron(
+    source: Source,
+    destination: str | Path,
+    *,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    file_format: MegatronFormat = "torch",
+    naming: Naming = "local",
+    overwrite: bool = False,
+    settings: Settings = DEFAULT_SETTINGS,
+    resume: bool = False,
+    start: Progress = _ignore,
+    progress: Progress = _ignore,
+) -> CopyPlan:
+    """Write `source` as a Megatron directory: `plan_to_megatron`, then `run`."""
+    plan = plan_to_megatron(
+        source,
+        Path(destination),
+        layout=layout,
+        dtype=dtype,
+        file_format=file_format,
+        naming=naming,
+        overwrite=overwrite,
     )
-    check_space(destination, plan.total_bytes)
+    run(plan, settings=settings, resume=resume, start=start, progress=progress)
     return plan
 
 
@@ -150,26 +188,14 @@ def to_hf(
     dtype: torch.dtype | None = None,
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     overwrite: bool = False,
+    settings: Settings = DEFAULT_SETTINGS,
+    resume: bool = False,
     start: Progress = _ignore,
     progress: Progress = _ignore,
 ) -> CopyPlan:
-    """Write `source` as a Hugging Face directory; it appears complete or not at all.
-
-    Raises:
-        ConvertError: as `plan_to_hf`, before anything is written.
-    """
-    path = Path(destination)
-    plan = plan_to_hf(source, path, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
-    start(plan.total_bytes)
-    write_hf(
-        path,
-        source.config,
-        _read_all(source, plan.dtype, progress),
-        dtype=plan.dtype,
-        max_shard_size=max_shard_size,
-        carry_from=source.root,
-        overwrite=overwrite,
-    )
+    """Write `source` as a Hugging Face directory: `plan_to_hf`, then `run`."""
+    plan = plan_to_hf(source, Path(destination), dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    run(plan, settings=settings, resume=resume, start=start, progress=progress)
     return plan
 
 
@@ -179,6 +205,33 @@ def _check_copy(source: Source, destination: Path, *, dtype: torch.dtype | None,
     check_destination(destination, overwrite=overwrite)
     source.check()
     return dtype if dtype is not None else _common_dtype(source)
+
+
+def _plan(source: Source, destination: Path, output: Output) -> CopyPlan:
+    carried = ("config.json", *(path.name for path in carried_files(source.root)))
+    plan = CopyPlan(
+        source=source,
+        destination=destination,
+        output=output,
+        carried=carried,
+        warnings=(*source.warnings, *_warnings(source, output.dtype)),
+    )
+    already = unfinished(destination.absolute())
+    written = sum(path.stat().st_blocks * 512 for path in already.rglob("*")) if already.is_dir() else 0
+    check_space(destination, sum(file.size for file in output.files) - written)
+    return plan
+
+
+def _warnings(source: Source, dtype: torch.dtype) -> list[str]:
+    found = []
+    stored = {kind for _, kind in source.tensors().values()}
+    narrowed = [kind for kind in stored if kind != dtype and torch.promote_types(kind, dtype) != dtype]
+    if narrowed:
+        names = " and ".join(sorted(dtype_name(kind) for kind in narrowed))
+        found.append(f"weights are rounded from {names} to {dtype_name(dtype)}; they will not come back bit for bit")
+    if source.config.head == "pooler":
+        found.append("the score head has two layers, which transformers cannot load; only align-convert reads it back")
+    return found
 
 
 def _common_dtype(source: Source) -> torch.dtype:
@@ -193,27 +246,15 @@ def _common_dtype(source: Source) -> torch.dtype:
     return next(iter(stored.values()))
 
 
-def _carried_names(source: Source) -> tuple[str, ...]:
-    return ("config.json", *(path.name for path in carried_files(source.root)))
-
-
-def _rank_bytes(source: Source, layout: Layout, dtype: torch.dtype, rank: Rank) -> int:
-    ranks = [replace(rank, vp=vp) for vp in range(layout.vp)]
-    shards = [shard for rank in ranks for shard in rank_plan(source.config, layout, rank)]
-    return sum(prod(shard.shape) for shard in shards) * dtype.itemsize
-
-
-def _filled(
-    source: Source, layout: Layout, rank: Rank, dtype: torch.dtype, progress: Progress
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for shard in rank_plan(source.config, layout, rank):
-        tensor = fill_shard(shard, source.read_hf, dtype)
-        progress(tensor.numel() * tensor.itemsize)
-        yield shard.name, tensor
-
-
-def _read_all(source: Source, dtype: torch.dtype, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in source.config.tensors():
-        tensor = source.read_hf(name)
-        progress(tensor.numel() * dtype.itemsize)
-        yield name, tensor
+def _fingerprint(plan: CopyPlan) -> dict[str, object]:
+    """What must not change between a run and the one that resumes it."""
+    held = plan.source.held()
+    paths = sorted({place.array.path for name in plan.output.targets for place in held[name]})
+    stats = [(str(path), path.stat()) for path in paths]
+    literals = [(str(f.path), f.size, [digest_of(data) for _, data in f.literals]) for f in plan.output.files]
+    return {
+        "align-convert": metadata.version("align-convert"),
+        "source": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "output": digest_of(repr(literals).encode("utf-8")),
+        "dtype": dtype_name(plan.dtype),
+    }

@@ -7,6 +7,7 @@ from typing import TypedDict
 import torch
 
 from align_convert.dtypes import dtype_name
+from align_convert.formats.dist_reader import DistReader
 from align_convert.formats.megatron_reader import MegatronReader
 from align_convert.source import Source
 
@@ -27,6 +28,8 @@ class Description(TypedDict):
     format: str
     layout: dict[str, object]
     """Empty for Hugging Face directories."""
+    args: dict[str, str]
+    """Megatron's args as text; empty for Hugging Face directories."""
     model: dict[str, object]
     parameters: int
     bytes: int
@@ -39,11 +42,11 @@ def describe(source: Source) -> Description:
     in_order = [name for name in source.config.tensors() if name in stored]
     tensors = [_tensor(name, *stored[name]) for name in [*in_order, *(name for name in stored if name not in in_order)]]
     model = {key: value for key, value in asdict(source.config).items() if key != "hf"}
-    is_megatron = isinstance(source, MegatronReader)
     return Description(
         directory=str(source.root),
-        format="megatron torch" if is_megatron else "huggingface",
-        layout=_layout(source) if isinstance(source, MegatronReader) else {},
+        format=source.format_name,
+        layout=_layout(source) if isinstance(source, MegatronReader | DistReader) else {},
+        args=_args(source) if isinstance(source, MegatronReader | DistReader) else {},
         model=model,
         parameters=sum(prod(tensor["shape"]) for tensor in tensors),
         bytes=sum(tensor["bytes"] for tensor in tensors),
@@ -60,6 +63,11 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> TensorDesc
     return TensorDescription(name=name, shape=list(shape), dtype=dtype_name(dtype), bytes=prod(shape) * dtype.itemsize)
 
 
-def _layout(source: MegatronReader) -> dict[str, object]:
+def _args(source: MegatronReader | DistReader) -> dict[str, str]:
+    plain = (bool, int, float, str, list, torch.dtype)
+    return {key: str(value) for key, value in sorted(vars(source.args).items()) if isinstance(value, plain)}
+
+
+def _layout(source: MegatronReader | DistReader) -> dict[str, object]:
     padded = source.layout.padded_vocab(source.config.vocab_size)
     return asdict(source.layout) | {"padded_vocab": padded, "iteration": source.location.iteration}

@@ -192,12 +192,6 @@ def test_rank_that_does_not_fit_the_plan_is_refused_before_writing(
     assert not (tmp_path / "out").exists()
 
 
-def test_legacy_names_are_refused_by_name(converted: Path) -> None:
-    _edit(converted, lambda state: state.update(model={"language_model": {}}))
-    with pytest.raises(FormatError, match="has legacy Megatron names, which cannot be read yet"):
-        MegatronReader(converted).check()
-
-
 @pytest.mark.parametrize(
     ("tied", "folder", "name"),
     [

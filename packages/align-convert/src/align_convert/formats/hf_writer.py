@@ -4,7 +4,7 @@ Tensors come one at a time, in any order, and go straight to their place on disk
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -13,12 +13,15 @@ from typing import BinaryIO
 
 import torch
 
+from align_convert.arrays import Held, dense
 from align_convert.atomic import check_destination, new_directory, new_file
 from align_convert.carried import write_description
 from align_convert.config import ModelConfig
 from align_convert.dtypes import SAFETENSORS_NAMES
 from align_convert.errors import FormatError, PlanError
+from align_convert.output import Output, OutputFile
 
+_PAGE = 4096  # data that begins on a page can be written past the page cache
 DEFAULT_MAX_SHARD_SIZE = 5_000_000_000  # bytes; as transformers' save_pretrained of the Llama-2 era
 
 
@@ -116,11 +119,28 @@ class HfWriter:
             self._write_index()
 
     def _write_index(self) -> None:
-        total = sum(prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
-        weight_map = {name: plan.name for plan in self._plans for name in plan.offsets}
-        raw = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        with new_file(self._directory / "model.safetensors.index.json") as file:
-            file.write((raw + "\n").encode("utf-8"))
+        _write_index(self._directory, self._plans, self._shapes, self._dtype)
+
+
+def plan_hf(
+    config: ModelConfig, *, dtype: torch.dtype, max_shard_size: int = DEFAULT_MAX_SHARD_SIZE, carry_from: Path | None
+) -> Output:
+    """Plan a whole Hugging Face directory to the byte."""
+    shapes = config.tensors()
+    plans = plan_files(shapes, dtype=dtype, max_shard_size=max_shard_size)
+    targets = {}
+    for plan in plans:
+        for name, offset in plan.offsets.items():
+            array = dense(Path(plan.name), offset, shapes[name], dtype)
+            targets[name] = (Held((0, array.rows), (0, array.columns), array, 0, 0),)
+
+    def finish(root: Path) -> None:
+        if len(plans) > 1:
+            _write_index(root, plans, shapes, dtype)
+        write_description(root, config, dtype=dtype, carry_from=carry_from)
+
+    files = (OutputFile(path=Path(plan.name), size=plan.size, literals=((0, plan.header),)) for plan in plans)
+    return Output(files=tuple(files), targets=targets, paddings=(), dtype=dtype, finish=finish)
 
 
 def write_hf(
@@ -151,12 +171,22 @@ def write_hf(
         write_description(temporary, config, dtype=dtype, carry_from=None if carry_from is None else Path(carry_from))
 
 
+def _write_index(
+    directory: Path, plans: Sequence[FilePlan], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> None:
+    total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+    weight_map = {name: plan.name for plan in plans for name in plan.offsets}
+    raw = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    with new_file(directory / "model.safetensors.index.json") as file:
+        file.write((raw + "\n").encode("utf-8"))
+
+
 def _file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _plan_file(name: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> FilePlan:
-    """Header: 8 bytes of length, JSON padded with spaces to a multiple of 8, then the data without holes.
+    """Header: 8 bytes of length, JSON padded with spaces to whole pages, then the data without holes.
 
     Source: the safetensors format description (huggingface/safetensors, README).
     """
@@ -174,7 +204,7 @@ def _plan_file(name: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dt
             "data_offsets": [starts[tensor], end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _PAGE)
     header = len(text).to_bytes(8, "little") + text
     offsets = {tensor: len(header) + start for tensor, start in starts.items()}
     return FilePlan(name=name, header=header, offsets=offsets, size=len(header) + end)

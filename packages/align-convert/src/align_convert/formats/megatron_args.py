@@ -15,6 +15,7 @@ from align_convert.config import Head, ModelConfig
 from align_convert.dtypes import dtype_name
 from align_convert.errors import ConfigError, FormatError, LayoutError
 from align_convert.families import FAMILIES
+from align_convert.formats.megatron_names import Naming
 from align_convert.layout import Layout, stages
 from align_convert.rules import Family
 
@@ -34,7 +35,9 @@ _LLAMA: Mapping[str, object] = {
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def args_from_config(config: ModelConfig, layout: Layout, *, dtype: torch.dtype, iteration: int) -> Namespace:
+def args_from_config(
+    config: ModelConfig, layout: Layout, *, dtype: torch.dtype, iteration: int, naming: Naming = "local"
+) -> Namespace:
     """The args of a checkpoint: plain values and a torch.dtype only, so that they load under weights_only."""
     return Namespace(
         **{**_LLAMA, **config.table.megatron_args},
@@ -42,12 +45,13 @@ def args_from_config(config: ModelConfig, layout: Layout, *, dtype: torch.dtype,
         **_expert_args(config),
         **_layout_args(config, layout),
         add_position_embedding=True,
+        moe_grouped_gemm=naming == "te-grouped",
         attention_dropout=0.0,
         hidden_dropout=0.0,
         apply_query_key_layer_scaling=False,
         squared_relu=False,
-        transformer_impl="local",
-        use_legacy_models=False,
+        transformer_impl="transformer_engine" if naming.startswith("te") else "local",
+        use_legacy_models=naming == "legacy",
         ckpt_format="torch",
         params_dtype=dtype,
         fp16=dtype == torch.float16,
@@ -91,7 +95,6 @@ def _expert_args(config: ModelConfig) -> dict[str, object]:
         "moe_ffn_hidden_size": config.expert_ffn_size,
         "moe_router_topk": config.experts_per_token,
         "moe_router_pre_softmax": config.hf.get("norm_topk_prob", True) is False,
-        "moe_grouped_gemm": False,
         "moe_layer_freq": 1,
     }
 

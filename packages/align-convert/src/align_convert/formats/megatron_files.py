@@ -13,6 +13,7 @@ from pathlib import Path
 
 from align_convert.atomic import TRACKER
 from align_convert.errors import FormatError
+from align_convert.formats.dist_names import is_dist_folder
 from align_convert.layout import Layout, Rank
 
 RANK_FILE = "model_optim_rng.pt"
@@ -53,6 +54,13 @@ def is_megatron_directory(path: Path) -> bool:
     return (path / TRACKER).is_file() or bool(rank_folders(path))
 
 
+def is_dist_directory(path: Path) -> bool:
+    """Whether `path` is the root of a `torch_dist` checkpoint or one of its iterations."""
+    if is_dist_folder(path):
+        return True
+    return (path / TRACKER).is_file() and is_dist_folder(_tracked(path)[0])
+
+
 def locate(path: Path) -> Location:
     """Find the newest iteration under a root, or the root above an iteration's folder.
 
@@ -60,22 +68,36 @@ def locate(path: Path) -> Location:
         FormatError: the tracker is unreadable, or what it names is not there.
     """
     if rank_folders(path):
-        number = re.fullmatch(r"iter_(\d+)", path.name)
-        root = path.parent if (path.parent / TRACKER).is_file() else path
-        return Location(root=root, folder=path, iteration=int(number.group(1)) if number else 0)
-    text = (path / TRACKER).read_text(encoding="ascii", errors="replace").strip()
-    if text != "release" and not (text.isdigit() and text.isascii()):
-        raise FormatError(f"{str(path / TRACKER)!r} says {text!r}; it must be an iteration number or 'release'")
-    iteration = 0 if text == "release" else int(text)
-    folder = path / "release" if text == "release" else iteration_folder(path, iteration)
+        return _above(path)
+    folder, iteration = _tracked(path)
     if not rank_folders(folder):
-        detail = (
-            "is a torch_dist checkpoint, which cannot be read yet"
-            if any(folder.glob("*.distcp"))
-            else ("has no mp_rank_* folders")
-        )
-        raise FormatError(f"{str(path / TRACKER)!r} names {text!r}, but {str(folder)!r} {detail}")
+        named = str(iteration) if iteration else "release"
+        raise FormatError(f"{str(path / TRACKER)!r} names {named!r}, but {str(folder)!r} has no mp_rank_* folders")
     return Location(root=path, folder=folder, iteration=iteration)
+
+
+def locate_dist(path: Path) -> Location:
+    """As `locate`, for a `torch_dist` checkpoint."""
+    if is_dist_folder(path):
+        return _above(path)
+    folder, iteration = _tracked(path)
+    return Location(root=path, folder=folder, iteration=iteration)
+
+
+def _above(folder: Path) -> Location:
+    number = re.fullmatch(r"iter_(\d+)", folder.name)
+    root = folder.parent if (folder.parent / TRACKER).is_file() else folder
+    return Location(root=root, folder=folder, iteration=int(number.group(1)) if number else 0)
+
+
+def _tracked(root: Path) -> tuple[Path, int]:
+    """(folder, number) of the iteration that the tracker names; 0 for a release."""
+    text = (root / TRACKER).read_text(encoding="ascii", errors="replace").strip()
+    if text == "release":
+        return root / "release", 0
+    if not (text.isdigit() and text.isascii()) or len(text) > 18:
+        raise FormatError(f"{str(root / TRACKER)!r} says {text!r}; it must be an iteration number or 'release'")
+    return iteration_folder(root, int(text)), int(text)
 
 
 def rank_folders(folder: Path) -> list[str]:

@@ -1,45 +1,37 @@
 """Read a Megatron directory of the `torch` format: by rank as it is, or by Hugging Face name through the plan.
 
-Files are mapped, not read, and only when a tensor in them is asked for; nothing in them is executed.
+The pickles are walked without executing anything; tensors are read only when asked for.
 """
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from align_convert.arrays import Array, Held, cut, held_by
 from align_convert.config import Head, ModelConfig
 from align_convert.dtypes import SAFETENSORS_NAMES
 from align_convert.errors import FormatError, PlanError
-from align_convert.fill import slices
 from align_convert.formats.megatron_args import check_args_match, config_from_args, layout_from_args
-from align_convert.formats.megatron_files import Location, locate, model_keys, rank_file, rank_folders
-from align_convert.formats.pickles import load_pickle
+from align_convert.formats.megatron_files import RANK_FILE, Location, locate, model_keys, rank_file, rank_folders
+from align_convert.formats.megatron_names import flat_names
+from align_convert.formats.pickles import StoredTensor, load_pickle
 from align_convert.layout import Layout, Rank
-from align_convert.plan import Index, Piece, Shard, rank_plan
+from align_convert.plan import Shard, rank_plan
+from align_convert.stored import StoredSource
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-# Transformer Engine fuses the norms into the following linear layer; same tensors, other names.
-_TRANSFORMER_ENGINE_NAMES = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
+_COMPARED = 1 << 20  # elements of a replica compared at once
+_IGNORED = re.compile(r".*\.inv_freq|.*\.rotary_pos_emb\..*")  # computed from the config
 
 
-@dataclass(slots=True)
-class _Tensor:
-    """One Hugging Face tensor as it lies in the checkpoint: `holds` are (rank, shard name, piece)."""
-
-    primary: list[tuple[Rank, str, Piece]] = field(default_factory=list)
-    replicas: list[tuple[Rank, str, Piece]] = field(default_factory=list)
-
-
-class MegatronReader:
+class MegatronReader(StoredSource):
     """The tensors of one Megatron directory."""
+
+    format_name = "megatron torch"
 
     def __init__(self, directory: str | Path) -> None:
         """Find the iteration, its layout and its config.
@@ -50,50 +42,32 @@ class MegatronReader:
         """
         self.directory = Path(directory)
         self.location: Location = locate(self.directory)
-        self.root = self.location.root
         self._files: dict[Rank, dict[str, object]] = {}
-        self._chunks: dict[Rank, dict[str, torch.Tensor]] = {}
-        args = self._first_args()
-        described = (self.root / "config.json").is_file()
-        if described:
-            self.config = ModelConfig.from_hf(self.root)
-            check_args_match(args, self.config)
-            self.layout = layout_from_args(args, vocab_size=self.config.vocab_size)
-            self._check_folders()
-            self.layout = self._with_chunks(self.layout)
-        else:
-            # The head is known from the last stage's tensors, the layout from args; the vocabulary only pads.
-            self.layout = layout_from_args(args, vocab_size=1)
-            self._check_folders()
-            self.config = config_from_args(args, head=self._find_head(), dtype=self._find_dtype())
-            self.layout = self._with_chunks(layout_from_args(args, vocab_size=self.config.vocab_size))
-        self.layout.check(self.config)
-        self._shapes = self.config.tensors()
-        self._index = self._build_index()
+        self._chunks: dict[Rank, dict[str, StoredTensor]] = {}
+        self.args = args = self._first_args()
+        described = (self.location.root / "config.json").is_file()
+        # Without one, the head is known from the last stage's tensors, the layout from args; the vocabulary only pads.
+        config = ModelConfig.from_hf(self.location.root) if described else None
+        self.layout = layout_from_args(args, vocab_size=config.vocab_size if config else 1)
+        self._check_folders()
+        if config is None:
+            config = config_from_args(args, head=self._find_head(), dtype=self._find_dtype())
+            self.layout = layout_from_args(args, vocab_size=config.vocab_size)
+        check_args_match(args, config)
+        super().__init__(self.location.root, config)
+        self.layout = self._with_chunks(self.layout)
+        self.layout.check(config)
+        self._shapes = config.tensors()
+        self._held, self._replicas = self._build_index()
 
     def read(self, rank: Rank) -> dict[str, torch.Tensor]:
-        """All tensors of one rank under their local-spec names, mapped from the file."""
+        """Copies of all tensors of one rank under their local-spec names."""
         rank.check(self.layout)
-        return dict(self._chunk(rank))
-
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every Hugging Face tensor that can be read from here."""
-        return {name: (shape, self._dtype_of(name)) for name, shape in self._shapes.items()}
-
-    def read_hf(self, name: str, index: Index | None = None) -> torch.Tensor:
-        """The values of a Hugging Face tensor, or of a rectangle of it, gathered from the ranks that hold them."""
-        shape = self._shapes.get(name)
-        if shape is None:
-            raise FormatError(f"{str(self.directory)!r} has no tensor {name!r}")
-        index = index if index is not None else tuple((0, size) for size in shape)
-        if len(index) != len(shape) or any(not 0 <= a <= b <= n for (a, b), n in zip(index, shape)):
-            raise PlanError(f"index {index} does not fit tensor {name!r} of shape {shape}")
-        result = torch.empty([stop - start for start, stop in index], dtype=self._dtype_of(name))
-        for rank, shard_name, piece in self._index[name].primary:
-            overlap = _overlap(piece, index)
-            if overlap is not None:
-                from_shard, into_result = overlap
-                result[slices(into_result)] = self._tensor(rank, shard_name)[slices(from_shard)]
+        result = {}
+        for name, stored in self._chunk(rank).items():
+            array = self._array(name, stored, rank)
+            whole = Held((0, array.rows), (0, array.columns), array, 0, 0)
+            result[name] = self._maps.read(whole).reshape(stored.shape)
         return result
 
     def check(self) -> None:
@@ -104,11 +78,21 @@ class MegatronReader:
         """
         for rank in self.layout.ranks():
             self._check_rank(rank)
-        for name, held in self._index.items():
-            for rank, shard_name, piece in held.replicas:
-                copy = self._tensor(rank, shard_name)[slices(piece.shard_index)]
-                if not torch.equal(copy, self.read_hf(name, piece.hf_index)):
-                    raise PlanError(f"{shard_name!r} on {rank} should be a copy of {name!r} but differs from it")
+        super().check()
+        for name, rank, shard_name, held in self._replicas:
+            if not self._is_copy(name, held):
+                raise PlanError(f"{shard_name!r} on {rank} should be a copy of {name!r} but differs from it")
+
+    def _is_copy(self, name: str, held: Held) -> bool:
+        width = held.columns[1] - held.columns[0]
+        step = max(1, _COMPARED // width)
+        for start in range(*held.rows, step):
+            part = cut(held, (start, min(start + step, held.rows[1])))
+            assert part is not None
+            index = (part.rows, part.columns) if len(self._shapes[name]) == 2 else (part.rows,)
+            if not torch.equal(self._maps.read(part).reshape(-1), self.read_hf(name, index).reshape(-1)):
+                return False
+        return True
 
     def _check_rank(self, rank: Rank) -> None:
         plan = {shard.name: shard for shard in rank_plan(self.config, self.layout, rank)}
@@ -119,34 +103,25 @@ class MegatronReader:
             if name not in plan:
                 file = f"align_convert/families/{self.config.family}.py"
                 raise PlanError(f"tensor {name!r} on {rank} has no rule (add one in {file})")
-            if tuple(found[name].shape) != plan[name].shape:
+            if found[name].shape != plan[name].shape:
                 raise PlanError(
-                    f"tensor {name!r} on {rank} has shape {tuple(found[name].shape)}; the plan says {plan[name].shape}"
+                    f"tensor {name!r} on {rank} has shape {found[name].shape}; the plan says {plan[name].shape}"
                 )
 
-    def _chunk(self, rank: Rank) -> dict[str, torch.Tensor]:
+    def _chunk(self, rank: Rank) -> dict[str, StoredTensor]:
         if rank not in self._chunks:
             self._chunks[rank] = self._open_chunk(rank)
         return self._chunks[rank]
 
-    def _open_chunk(self, rank: Rank) -> dict[str, torch.Tensor]:
+    def _open_chunk(self, rank: Rank) -> dict[str, StoredTensor]:
         file = self._file(replace(rank, vp=0))
         key = model_keys(self.layout)[rank.vp]
         model = file.get(key)
         path = str(rank_file(self.location.folder, self.layout, rank))
         if not isinstance(model, Mapping):
             raise FormatError(f"{path!r} has no {key!r}; it holds {', '.join(sorted(map(repr, file)))}")
-        if "language_model" in model:
-            raise FormatError(
-                f"{path!r} has legacy Megatron names, which cannot be read yet; save it with mcore models"
-            )
-        return {_local_name(name): value for name, value in model.items() if isinstance(value, torch.Tensor)}
-
-    def _tensor(self, rank: Rank, shard_name: str) -> torch.Tensor:
-        tensors = self._chunk(rank)
-        if shard_name not in tensors:
-            raise PlanError(f"tensor {shard_name!r} is missing on {rank} of {str(self.directory)!r}")
-        return tensors[shard_name]
+        named = flat_names(model, StoredTensor)
+        return {name: value for name, value in named.items() if not _IGNORED.fullmatch(name)}
 
     def _file(self, rank: Rank) -> dict[str, object]:
         if rank not in self._files:
@@ -164,11 +139,10 @@ class MegatronReader:
 
     def _first_args(self) -> Namespace:
         """The args of the first rank's file, whose folder name does not yet need the layout."""
-        first = rank_folders(self.location.folder)[0]
-        loaded = load_pickle(self.location.folder / first / "model_optim_rng.pt")
-        args = loaded.get("args")
+        first = self.location.folder / rank_folders(self.location.folder)[0]
+        args = load_pickle(first / RANK_FILE).get("args")
         if not isinstance(args, Namespace):
-            raise FormatError(f"{str(self.location.folder / first)!r} holds no 'args' Namespace")
+            raise FormatError(f"{str(first)!r} holds no 'args' Namespace")
         return args
 
     def _check_folders(self) -> None:
@@ -186,48 +160,42 @@ class MegatronReader:
 
     def _find_head(self) -> Head:
         """A head of one row is a score head."""
-        last = Rank(pp=self.layout.pp - 1, vp=self.layout.vp - 1)
-        weight = self._chunk(last).get("output_layer.weight")
+        last = self._chunk(Rank(pp=self.layout.pp - 1, vp=self.layout.vp - 1))
+        if any(name.startswith("pooler_head.") for name in last):
+            return "pooler"
+        weight = last.get("output_layer.weight")
         return "score" if weight is not None and weight.shape[0] == 1 else "lm"
 
     def _find_dtype(self) -> torch.dtype:
-        return self._tensor(Rank(), "embedding.word_embeddings.weight").dtype
+        first = self._chunk(Rank())
+        name = "embedding.word_embeddings.weight"
+        if name not in first:
+            raise PlanError(f"tensor {name!r} is missing on {Rank()} of {str(self.directory)!r}")
+        return self._array(name, first[name], Rank()).dtype
 
-    def _dtype_of(self, name: str) -> torch.dtype:
-        rank, shard_name, _ = self._index[name].primary[0]
-        dtype = self._tensor(rank, shard_name).dtype
-        if dtype not in SAFETENSORS_NAMES:
-            raise FormatError(f"tensor {shard_name!r} on {rank} is {dtype}; weights are float32, float16 or bfloat16")
-        return dtype
+    def _array(self, name: str, stored: StoredTensor, rank: Rank) -> Array:
+        if stored.dtype not in SAFETENSORS_NAMES:
+            raise FormatError(f"tensor {name!r} on {rank} is {stored.dtype}; weights are float32, float16 or bfloat16")
+        return stored.array(name)
 
-    def _build_index(self) -> dict[str, _Tensor]:
-        index = {name: _Tensor() for name in self._shapes}
+    def _build_index(self) -> "tuple[dict[str, list[Held]], list[tuple[str, Rank, str, Held]]]":
+        """(where each tensor's elements lie, once each; their copies: HF name, rank, its tensor, place)."""
+        held: dict[str, list[Held]] = {name: [] for name in self._shapes}
+        replicas = []
+        for rank, shard, array in self._stored_shards():
+            for piece in shard.pieces:
+                place = held_by(piece, array)
+                if piece.primary:
+                    held[piece.hf_name].append(place)
+                else:
+                    replicas.append((piece.hf_name, rank, shard.name, place))
+        return held, replicas
+
+    def _stored_shards(self) -> Iterator[tuple[Rank, Shard, Array]]:
+        """The shards of the plan that are there in their planned shape; `check` names the others."""
         for rank in self.layout.ranks():
+            found = self._chunk(rank)
             for shard in rank_plan(self.config, self.layout, rank):
-                _enter(index, rank, shard)
-        return index
-
-
-def _enter(index: dict[str, _Tensor], rank: Rank, shard: Shard) -> None:
-    for piece in shard.pieces:
-        held = index[piece.hf_name]
-        (held.primary if piece.primary else held.replicas).append((rank, shard.name, piece))
-
-
-def _overlap(piece: Piece, index: Index) -> tuple[Index, Index] | None:
-    """Where the piece meets `index`: (rectangle of the rank's tensor, rectangle of the result), or None."""
-    from_shard, into_result = [], []
-    for (hf_start, hf_stop), (shard_start, _), (start, stop) in zip(piece.hf_index, piece.shard_index, index):
-        low, high = max(hf_start, start), min(hf_stop, stop)
-        if low >= high:
-            return None
-        from_shard.append((shard_start + low - hf_start, shard_start + high - hf_start))
-        into_result.append((low - start, high - start))
-    return tuple(from_shard), tuple(into_result)
-
-
-def _local_name(name: str) -> str:
-    for theirs, ours in _TRANSFORMER_ENGINE_NAMES.items():
-        if name.endswith("." + theirs):
-            return name.removesuffix(theirs) + ours
-    return name
+                stored = found.get(shard.name)
+                if stored is not None and stored.shape == shard.shape:
+                    yield rank, shard, self._array(shard.name, stored, rank)

@@ -104,10 +104,17 @@ def _model_state(
         if tuple(tensors[name].shape) != shape:
             raise PlanError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}; the plan of {rank} says {shape}")
         state[name] = _own_storage(tensors[name], dtype)
-        module = name.removesuffix(".weight")
-        if module.rsplit(".", 1)[-1].startswith("linear_") or module == "output_layer":
-            state[f"{module}._extra_state"] = None
+        extra = extra_state(name)
+        if extra is not None:
+            state[extra] = None
     return state
+
+
+def extra_state(name: str) -> str | None:
+    """The `_extra_state` entry that goes with a weight, if one does."""
+    module = name.removesuffix(".weight")
+    is_linear = module.rsplit(".", 1)[-1].startswith("linear_") or module == "output_layer"
+    return f"{module}._extra_state" if is_linear and name.endswith(".weight") else None
 
 
 def _own_storage(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
