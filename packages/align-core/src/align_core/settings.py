@@ -204,5 +204,5 @@ def _leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value, f"{prefix}{field.name}.")
-        elif prefix or field.name not in ("model", "data", "out"):
+        elif prefix or field.name not in ("model", "data", "out", "reward_model"):
             yield f"{prefix}{field.name}", value

@@ -81,6 +81,7 @@ def rlhf(model: Path, data: Path, out: Path) -> RlhfConfig:
     """PPO, four completions a prompt; a strong pull to the SFT model: the tiny reward model can be fooled."""
     return RlhfConfig(
         model=model,
+        reward_model=model,  # a placeholder, as all paths of a recipe are
         data=data,
         out=out,
         steps=50,

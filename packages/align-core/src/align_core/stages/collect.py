@@ -7,6 +7,7 @@ from align_core.config import PolicyConfig
 from align_core.stages.clock import Clock
 from align_core.stages.rewards import Rewards, Scored
 from align_core.stages.rollout import Prompts, collect, greedy_sampling, training_sampling
+from align_core.stages.seeing import part_means
 from align_core.stages.sync import synchronise
 from align_core.stages.world import Model, World
 
@@ -47,7 +48,7 @@ class Collector:
             return {}
         rollout = collect(self._engine, self._held_out, sampling=greedy_sampling(self._config), version=version)
         scored = self._rewards.evaluate(rollout)
-        figures = {"eval_reward": float(scored.rewards.mean())}
+        figures = {"eval_reward": float(scored.rewards.mean()), **part_means(scored, "eval_reward")}
         if scored.failed:
             figures["eval_failed_scores"] = scored.failed / len(self._held_out)
         return figures

@@ -22,6 +22,8 @@ from align_core.stages.seeing import Reporter
 from align_core.stages.world import Model, World
 from align_core.types import Batch
 
+_VALUE_METRICS = ("loss", "clip_fraction", "grad_norm", "lr")
+
 
 def run_rlhf(config: RlhfConfig, world: World) -> None:
     """Trains `config.model` on the prompts in `config.data`; the result is a Megatron checkpoint in OUT/model."""
@@ -125,9 +127,9 @@ def with_advantages(batch: Batch, config: RlhfConfig, kl: SteeredKl) -> tuple[Ba
 def update_value(value: Model, batch: Batch, config: RlhfConfig, *, step: int) -> dict[str, float]:
     """Updates of the value model; its metrics begin with `value_`."""
     found = update(value, batch, config.value_loss, config, step=step)
-    metrics = {f"value_{name.removeprefix('value_')}": number for name, number in found.items() if name != "seconds"}
+    metrics = {f"value_{name.removeprefix('value_')}": found[name] for name in _VALUE_METRICS if name in found}
     if {"squared_error", "squared_return", "return", "value"} <= found.keys():
-        metrics["value_explained"] = explained_variance(found)
+        metrics |= {"value_mean": found["value"], "value_explained": explained_variance(found)}
     return metrics
 
 

@@ -38,9 +38,14 @@ def describe(scored: Scored) -> dict[str, float]:
         "truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
         "failed_scores": scored.failed / (scored.failed + len(completions)),
     }
-    if len(scored.parts) > 1:
-        figures |= {f"reward_{name}": float(values.mean()) for name, values in scored.parts.items()}
-    return figures
+    return figures | part_means(scored, "reward")
+
+
+def part_means(scored: Scored, prefix: str) -> dict[str, float]:
+    """The mean of each reward alone, where there are several; a function of a file goes by its own name."""
+    if len(scored.parts) < 2:
+        return {}
+    return {f"{prefix}_{name.rpartition(':')[2]}": float(values.mean()) for name, values in scored.parts.items()}
 
 
 def rates(scored: Scored, seconds: Mapping[str, float]) -> dict[str, float]:
