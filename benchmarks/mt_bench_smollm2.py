@@ -24,6 +24,8 @@ from pathlib import Path
 _PORT = 8642
 _START_SECONDS = 240.0
 _KEY = "MT_BENCH_JUDGE_KEY"
+_FORM = r"[^\[\]]{0,300}Rating: \[\[(10|[1-9])\]\]"
+"""At most 300 characters of reasons, then a rating: what the server lets through with --held."""
 _CPU = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--step", choices=("answer", "judge", "report"), help="only this step (default: all)")
     parser.add_argument("--answer-tokens", type=int, default=256)
     parser.add_argument("--judge-tokens", type=int, default=160)
+    parser.add_argument("--held", action="store_true", help="judge: the server enforces the form of the verdict")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop a step after so long; run again to continue")
     arguments = parser.parse_args()
     model = arguments.out / "smollm2"
@@ -52,11 +55,14 @@ def _step(step: str, arguments: argparse.Namespace, model: Path) -> int:
         return _run([*command, "--dtype", "bfloat16", "--context", "4096"], minutes=arguments.minutes)
     if step == "judge":
         with _server(model, arguments.out / "server.log") as key:
-            command += ["--judge", "smollm2-judge", "--url", f"http://127.0.0.1:{_PORT}/v1", "--key-variable", _KEY]
+            name = "smollm2-held=smollm2-judge" if arguments.held else "smollm2-judge"
+            command += ["--judge", name, "--url", f"http://127.0.0.1:{_PORT}/v1", "--key-variable", _KEY]
+            command += ["--extra", json.dumps({"structured_outputs": {"regex": _FORM}})] if arguments.held else []
             command += ["--max-tokens", str(arguments.judge_tokens), "--concurrency", "32", "--reasks", "1"]
             command += ["--max-failures", "1.0"]
             return _run(command, minutes=arguments.minutes, environment={_KEY: key})
-    return _run(command, minutes=arguments.minutes)
+    judge = "smollm2-held" if arguments.held else "smollm2-judge"
+    return _run([*command, "--judge", judge], minutes=arguments.minutes)
 
 
 def _script(name: str) -> list[str]:

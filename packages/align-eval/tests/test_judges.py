@@ -69,6 +69,16 @@ def test_models_that_think_get_their_own_limit_and_no_temperature() -> None:
     assert not {"temperature", "max_tokens"} & body.keys()
 
 
+def test_extra_fields_go_into_every_request() -> None:
+    """vLLM's structured output, for example, which holds a local judge to the form of a verdict."""
+    with StubService() as service:
+        _ask(service, _request(), extra='{"structured_outputs": {"regex": "x"}}')
+    assert service.requests[0]["body"]["structured_outputs"] == {"regex": "x"}
+    for extra, message in (("{", "are no JSON"), ("[1]", "must be a JSON object")):
+        with pytest.raises(ConfigError, match=message):
+            OpenAiJudge(JudgeConfig(base_url="http://127.0.0.1:1/v1", extra=extra))
+
+
 def test_reply_cut_off_says_so() -> None:
     with StubService(reply=lambda _: "a b c d e") as service:
         (reply,) = _ask(service, _request(max_tokens=2))

@@ -209,6 +209,8 @@ class JudgeConfig:
     """Times a request is sent before it counts as unanswered; refusals (400, 401, 403, 404 ...) are not sent again."""
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """How the service calls the limit; models that think want max_completion_tokens."""
+    extra: str = ""
+    """JSON object that goes into every request's body, for what a service offers beyond the protocol."""
 
     def __post_init__(self) -> None:
         _positive(self, "concurrency", "timeout", "attempts")

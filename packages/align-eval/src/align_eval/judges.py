@@ -51,6 +51,7 @@ class OpenAiJudge:
         """
         self._config = config
         self._accept_empty = accept_empty
+        self._extra = _extra_fields(config.extra)
         local = _is_local(config.base_url)
         self._key = os.environ.get(config.key_variable, "")
         if not self._key and not local:
@@ -124,6 +125,7 @@ class OpenAiJudge:
             self._config.token_limit_field: request.max_tokens,
             "seed": request.seed,
             "n": 1,
+            **self._extra,
         }
         if request.temperature is not None:
             body["temperature"] = request.temperature
@@ -194,6 +196,16 @@ def estimate_tokens(request: ChatRequest) -> int:
     """About how many tokens the prompt has, rather too many; for limits and budgets, where no tokenizer is at hand."""
     size = sum(len(message["content"].encode()) + 16 for message in request.messages)
     return -(-size // _BYTES_PER_TOKEN)
+
+
+def _extra_fields(extra: str) -> dict[str, object]:
+    try:
+        fields = json.loads(extra or "{}")
+    except ValueError as error:
+        raise ConfigError(f"the extra fields of requests are no JSON ({error}): {extra!r}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"the extra fields of requests must be a JSON object, got {extra!r}")
+    return fields
 
 
 def _is_local(base_url: str) -> bool:

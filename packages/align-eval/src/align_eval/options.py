@@ -65,6 +65,9 @@ def add_service_options(parser: argparse.ArgumentParser, *, url: str | None) -> 
         action="store_true",
         help="send max_completion_tokens instead of max_tokens, as models that think want it",
     )
+    add(
+        "--extra", default="", metavar="JSON", help="object that goes into every request, for the service's own options"
+    )
     add("--service", default=_SERVICE.name, help="name in the entry-point group align.judges (default openai)")
 
 
@@ -81,6 +84,7 @@ def service_config(arguments: argparse.Namespace, *, model: str) -> JudgeConfig:
         timeout=arguments.timeout,
         attempts=arguments.attempts,
         token_limit_field="max_completion_tokens" if arguments.completion_limit else "max_tokens",
+        extra=arguments.extra,
     )
 
 

@@ -62,17 +62,27 @@ def bench(data: Path) -> Bench:
     return load_bench(data)
 
 
-@pytest.fixture
-def write_model(tmp_path: Path, bench: Bench) -> Callable[..., Folder]:
-    """Writes a model's answers into the folder of a run: what it says, and about which question."""
+@pytest.fixture(scope="session")
+def write_into(bench: Bench) -> Callable[..., Folder]:
+    """Writes a model's answers into the folder of a run: what it says, about which question and turn."""
 
-    def write(model: str, *, says: str = "I say", folder: str = "run") -> Folder:
-        run = Folder(tmp_path / folder)
+    def write(root: Path, model: str, *, says: str = "I say") -> Folder:
+        run = Folder(root)
         answers = [
             Answer(question_id=q.id, model=model, turns=tuple(f"{says} {t} on {q.id}" for t in (1, 2)), tstamp=1.0)
             for q in bench.questions
         ]
         write_answers(run.answers(model), answers)
         return run
+
+    return write
+
+
+@pytest.fixture
+def write_model(tmp_path: Path, write_into: Callable[..., Folder]) -> Callable[..., Folder]:
+    """The same, into a folder of this test."""
+
+    def write(model: str, *, says: str = "I say", folder: str = "run") -> Folder:
+        return write_into(tmp_path / folder, model, says=says)
 
     return write

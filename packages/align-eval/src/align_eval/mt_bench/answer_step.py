@@ -71,7 +71,7 @@ def _by_service(arguments: argparse.Namespace, bench: Bench, folder: Folder, mod
     name, equals, served = model.partition("=")
     config = service_config(arguments, model=served if equals else name)
     settings = AnswerSettings(
-        source=f"{config.base_url} {config.model}",
+        source=f"{config.base_url} {config.model} {config.extra}".strip(),
         template="server",
         template_hash="",
         max_tokens=arguments.max_tokens,

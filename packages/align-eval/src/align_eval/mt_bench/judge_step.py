@@ -119,6 +119,7 @@ def _plan(arguments: argparse.Namespace, folder: Folder) -> Plan:
             reasks=arguments.reasks,
             compatible=arguments.compatible,
             seed=arguments.seed,
+            extra=arguments.extra,
         ),
         bench=bench,
         gradings=tuple(gradings),

@@ -50,6 +50,8 @@ class JudgeSettings:
     """Read verdicts as FastChat does, and ask once."""
     seed: int = 0
     """Sample k is asked with seed + k."""
+    extra: str = ""
+    """Further fields of the requests, as `JudgeConfig.extra`; here because they change verdicts."""
 
     @property
     def hash(self) -> str:

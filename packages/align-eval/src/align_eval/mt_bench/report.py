@@ -85,7 +85,7 @@ def as_markdown(report: Report) -> str:
     ]
     if report.models:
         parts += ["## Scores", SCORES_NOTE, _score_table(report)]
-        parts += ["## Turns and means", _turn_table(report)]
+        parts += ["## Turns and means", TURN_NOTE, _turn_table(report)]
     if report.differences:
         parts += ["## Differences between models", DIFFERENCE_NOTE, _difference_table(report.differences)]
     if report.order is not None:
@@ -97,8 +97,13 @@ def as_markdown(report: Report) -> str:
 
 
 SCORES_NOTE = (
-    "Mean of the judge's ratings, 1 to 10; in brackets the judgments that have a rating, of those expected. "
+    "Mean of the judge's ratings, 1 to 10; beside it how many judgments have a rating, of those expected. "
     "Avg is the mean over all judgments."
+)
+TURN_NOTE = (
+    "With 95 % intervals from resampling questions within their categories. Avg is the mean over all judgments "
+    "(micro), beside it the mean of the categories' means (macro). Spread: the judge's standard deviation between its "
+    "samples of the same answer."
 )
 DIFFERENCE_NOTE = (
     "On the same questions and turns, with a 95 % interval and a two-sided p-value (signs of questions flipped at "
@@ -145,11 +150,13 @@ def _judge_warnings(models: Sequence[ModelScores], order: OrderEffect | None) ->
             for reason, count in model.failures.items():
                 reasons[reason] = reasons.get(reason, 0) + count
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        weak = missing > _WEAK * expected
+        rest = f"The means rest on the other {expected - missing}"
+        if missing == expected:
+            rest = "There are no means: this judge cannot do the task."
+        elif missing > _WEAK * expected:
+            rest += ": this judge is too weak for its figures to mean much."
         warnings.append(
-            f"{missing} of {expected} judgments ({missing / expected:.0%}) have no rating ({listed}). The means rest "
-            f"on the other {expected - missing}"
-            + (": this judge is too weak for its figures to mean much." if weak else ".")
+            f"{missing} of {expected} judgments ({missing / expected:.0%}) have no rating ({listed}). {rest}"
         )
     if order is not None and order.inconsistency is not None and order.inconsistency > 0.5:
         warnings.append(
@@ -184,9 +191,9 @@ def _turn_table(report: Report) -> str:
     header = [
         "model",
         *(f"turn {turn}" for turn in turns),
-        "Avg (micro)",
-        "mean of categories (macro)",
-        "judge's spread",
+        "Avg",
+        "mean of categories",
+        "spread",
     ]
     rows = [
         [
