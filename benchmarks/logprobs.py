@@ -29,8 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from align_algos import token_logprobs
-from align_algos.fused import fused_cross_entropy, fused_logprobs
+from align_algos import (
+    FusedOutput,
+    LossOutput,
+    fused_cross_entropy,
+    fused_logprobs,
+    fused_loss,
+    grpo_loss,
+    token_logprobs,
+)
 from align_algos.softmax_blocks import RowGradient, empty_statistics, take_block, to_gradient
 
 MIB = 1 << 20
@@ -100,6 +107,26 @@ def known_weights(*, block: int) -> Variant:
     return run
 
 
+def grpo(*, block: int) -> Variant:
+    """`fused_loss` with the loss of GRPO, on policy with advantage 1: the same gradient as - sum weight log p."""
+
+    def run(problem: Problem) -> tuple[Tensor, Tensor]:
+        tokens = len(problem.targets_N)
+        ones_N, mask_N = torch.ones_like(problem.weights_N), torch.ones_like(problem.targets_N, dtype=torch.bool)
+
+        def piece(output: FusedOutput, rows: slice) -> LossOutput:
+            logprobs_R = output.logprobs_N
+            numbers = {"num_tokens": tokens, "clip_low": 0.2, "clip_high": 0.2}
+            return grpo_loss(
+                logprobs_R, logprobs_R.detach(), ones_N[rows].to(logprobs_R.dtype), mask_N[rows], **numbers
+            )
+
+        output = fused_loss(problem.hidden_NH, problem.weight_VH, problem.targets_N, piece, block_bytes=block)
+        return output.loss, output.logprobs_N
+
+    return run
+
+
 def liger(*, accumulate: torch.dtype | None) -> Variant:
     """liger-kernel's fused linear cross-entropy; its mean equals our sum for weights 1/N."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction  # noqa: PLC0415
@@ -122,12 +149,13 @@ def variants(tokens: int, vocab: int, *, item: int, with_liger: bool) -> dict[st
     }
     for block in (128, 256, 512, 1024, 2048):
         table[f"fused_logprobs, block {block} MiB"] = fused(block=block * mib)
-    for share in (0.3, 0.6, 1.0):
+    for share in (0.15, 0.5, 1.0):
         name = f"fused_logprobs, block 256 MiB, {share:.0%} of the logits kept"
         table[name] = fused(block=256 * mib, keep=int(share * tokens * vocab * item))
     table["fused_logprobs, block 256 MiB, and entropy"] = fused(block=256 * mib, entropy=True)
     for block in (128, 256, 512, 1024, 2048):
         table[f"fused_cross_entropy, block {block} MiB"] = known_weights(block=block * mib)
+    table["fused_loss with GRPO, block 512 MiB"] = grpo(block=512 * mib)
     if with_liger:
         table["liger fused linear cross-entropy"] = liger(accumulate=None)
         table["liger fused linear cross-entropy, float32 sums"] = liger(accumulate=torch.float32)
@@ -231,8 +259,9 @@ def benchmark(options: argparse.Namespace, vocab: int, with_liger: bool) -> dict
         rows[name] |= _guarded(functools.partial(measure, variant, problem, repeats=options.repeats))
         print(f"{vocab} {name}: {rows[name].get('ms', rows[name].get('failed'))}", flush=True)
     pieces = _guarded(lambda: parts(problem, repeats=options.repeats))
+    tiles = _guarded(lambda: kernels(problem, repeats=options.repeats)) if options.device == "cuda" else {}
     broken = [f"{name}: {row}" for name, row in rows.items() if _breaks(name, row)]
-    return {"vocab": vocab, "products": alone, "parts": pieces, "variants": rows, "broken": broken}
+    return {"vocab": vocab, "products": alone, "parts": pieces, "kernels": tiles, "variants": rows, "broken": broken}
 
 
 def parts(problem: Problem, *, repeats: int) -> dict[str, Any]:
@@ -266,6 +295,22 @@ def _steps(problem: Problem, columns: int) -> dict[str, Callable[[], Any]]:
         add = torch.ops.aten.addmm.dtype_out
         steps["hidden gradient, one call"] = lambda: add(total_NH, logits_NC, block_CH, torch.float32, out=total_NH)
     return steps
+
+
+def kernels(problem: Problem, *, repeats: int) -> dict[str, Any]:
+    """Milliseconds of the two Triton kernels on 512 MiB of whole rows, by tile and warps."""
+    from align_algos import softmax_triton  # noqa: PLC0415 (needs Triton)
+
+    rows = 512 * MIB // (2 * len(problem.weight_VH))
+    part = Problem(problem.hidden_NH.detach()[:rows], problem.weight_VH, *(x[:rows] for x in problem[2:]))
+    found: dict[str, Any] = {}
+    for tile, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (16384, 16)):
+        softmax_triton._TILE, softmax_triton._WARPS = tile, warps
+        steps = _steps(part, len(problem.weight_VH))
+        for name in ("statistics", "statistics with entropy", "gradient"):
+            key = f"{name}, tile {tile}, {warps} warps"
+            found[key] = _guarded(functools.partial(_time, steps[name], repeats, True))
+    return found
 
 
 def _time(step: Callable[[], Any], repeats: int, cuda: bool) -> dict[str, float]:

@@ -81,6 +81,16 @@ def check_logprobs(case: Case, *, temperature: float, block: int, keep: int, ent
         assert_near(found, wanted, dtype)
 
 
+def check_expanded_gradient(case: Case) -> None:
+    """The upstream gradient of a sum is one number with stride 0; so is that of the entropies."""
+    output = fused_logprobs(case.hidden, case.weight, case.targets, vocab_size=VOCABULARY, entropy=True)
+    assert output.entropy_N is not None
+    logprobs, entropies = expected(case, 1.0)
+    truth = gradients(logprobs.sum() + entropies.sum(), case)
+    for found, wanted in zip(gradients(output.logprobs_N.sum() + output.entropy_N.sum(), case), truth):
+        assert_near(found, wanted, case.hidden.dtype)
+
+
 def check_cross_entropy(case: Case, *, temperature: float, rows: int) -> None:
     """Loss, log-probs and both gradients, scaled by an upstream factor of 3."""
     dtype, weights = case.hidden.dtype, case.upstream[0]
@@ -133,6 +143,11 @@ def test_logprobs_equal_the_unfused_way(
 @pytest.mark.parametrize(("temperature", "rows"), [(1.0, 1), (0.7, 16), (1.0, 9999)])
 def test_cross_entropy_equals_the_unfused_way(dtype: torch.dtype, temperature: float, rows: int) -> None:
     check_cross_entropy(make_case(dtype), temperature=temperature, rows=rows)
+
+
+@every_dtype
+def test_gradient_of_a_plain_sum(dtype: torch.dtype) -> None:
+    check_expanded_gradient(make_case(dtype))
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -229,7 +244,7 @@ def test_triton_kernels_in_their_interpreter() -> None:
     command = [sys.executable, str(program)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["ran", "12"]
+    assert result.stdout.split() == ["ran", "14"]
 
 
 @pytest.mark.gpu
@@ -240,3 +255,4 @@ def test_cuda_equals_float64(dtype: torch.dtype, entropy: bool) -> None:
     case = make_case(dtype, "cuda")
     check_logprobs(case, temperature=0.7, block=256, keep=1, entropy=entropy)
     check_cross_entropy(case, temperature=0.7, rows=16)
+    check_expanded_gradient(case)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from align_algos import InputError, logprobs, token_entropy, token_logprobs
+from align_algos import InputError, softmax_blocks, token_entropy, token_logprobs
 
 TARGETS = torch.tensor([0, 3, 5, 2, 2])
 
@@ -43,7 +43,7 @@ def test_values_by_hand() -> None:
 def test_value_and_gradient_equal_float64_whatever_the_chunk(
     vocab_size: int, temperature: float, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(softmax_blocks, "CHUNK_ELEMENTS", chunk_elements)
     logits = make_logits().requires_grad_()
     weights = torch.arange(1.0, 6.0, dtype=torch.float64)
     scaling = {"vocab_size": vocab_size, "temperature": temperature}
@@ -120,7 +120,7 @@ def test_backward_makes_no_second_float32_copy(monkeypatch: pytest.MonkeyPatch) 
                 largest = max(largest, output.numel())
             return output
 
-    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * 256)
+    monkeypatch.setattr(softmax_blocks, "CHUNK_ELEMENTS", 4 * 256)
     logits = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     with Watch():
         token_logprobs(logits, torch.zeros(64, dtype=torch.int64)).sum().backward()

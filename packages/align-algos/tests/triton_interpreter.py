@@ -24,6 +24,8 @@ def main() -> None:
         for temperature, rows in ((1.0, 1), (0.7, 16)):
             test_fused.check_cross_entropy(case, temperature=temperature, rows=rows)
             ran += 1
+        test_fused.check_expanded_gradient(case)
+        ran += 1
     print("ran", ran)
 
 

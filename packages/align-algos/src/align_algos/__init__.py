@@ -23,7 +23,8 @@ from align_algos.correction import (
 from align_algos.errors import (
     InputError,
 )
-from align_algos.fused import FusedOutput, fused_cross_entropy, fused_logprobs
+from align_algos.fused import FusedOutput, fused_logprobs
+from align_algos.fused_loss import FusedLossOutput, fused_cross_entropy, fused_loss, sum_outputs
 from align_algos.kl import (
     AdaptiveKl,
     FixedKl,
@@ -96,6 +97,7 @@ __all__ = [
     "AdaptiveKl",
     "Correction",
     "FixedKl",
+    "FusedLossOutput",
     "FusedOutput",
     "GaeOutput",
     "InputError",
@@ -117,6 +119,7 @@ __all__ = [
     "flatten",
     "fused_cross_entropy",
     "fused_logprobs",
+    "fused_loss",
     "gae",
     "get_loss",
     "group_normalised",
@@ -160,6 +163,7 @@ __all__ = [
     "sft_mixing_loss",
     "shaped_rewards",
     "simpo_loss",
+    "sum_outputs",
     "token_entropy",
     "token_logprobs",
     "token_mean",

@@ -1,39 +1,26 @@
 """Log-probability of given tokens, and entropy, from logits; whole or split over a tensor-parallel group.
 
-The work goes in chunks of rows, so beyond the logits themselves (and, backward, their gradient in their own dtype)
-only one chunk is ever held in float32. The input is never modified. Whoever calls has shifted: row i of the logits
-is the prediction *of* targets_N[i], made from the tokens before it.
+Beyond the logits themselves (and, backward, their gradient in their own dtype) nothing of their size is ever held. The
+input is never modified. Whoever calls has shifted: row i of the logits is the prediction *of* targets_N[i], made from
+the tokens before it. Where hidden states and output matrix are at hand, `fused` does without the logits too.
 
-Source: the vocabulary-parallel softmax of Shoeybi et al. 2019, arXiv:1909.08053, section 3; the log-sum-exp is
-merged over ranks as in Milakov and Gimelshein 2018, arXiv:1805.02867.
+Source: the vocabulary-parallel softmax of Shoeybi et al. 2019, arXiv:1909.08053, section 3.
 
-Legend: N flat tokens, V columns of the logits on this rank (the whole vocabulary without a group), C columns of those
-that are real tokens.
+Legend: N flat tokens, V columns of the logits on this rank (the whole vocabulary without a group).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align_algos.vocabulary import (
-    VocabularySlice,
-    check_matrix,
-    check_rows,
-    check_targets,
-    own_columns,
-    summed,
-    vocabulary_slice,
-)
+from align_algos.softmax_blocks import RowGradient, Softmax, empty_statistics, merge, take_block, to_gradient
+from align_algos.vocabulary import VocabularySlice, check_matrix, check_targets, vocabulary_slice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# 64 MB a float32 temporary: enough to fill a GPU, little beside the logits of a batch (32k tokens x 32k: 2 GB in bf16).
-CHUNK_ELEMENTS = 1 << 24
 
 
 def token_logprobs(
@@ -63,7 +50,7 @@ def token_logprobs(
     part = _slice(logits_NV, vocab_size, tp_group, temperature)
     check_targets(targets_N, logits_NV.shape[0], part.vocab_size)
     apply: Callable[..., Tensor] = _TokenLogprobs.apply  # torch leaves it untyped
-    return apply(logits_NV, targets_N, part)
+    return apply(logits_NV, targets_N.long() - part.first, part)
 
 
 def token_entropy(
@@ -88,28 +75,17 @@ class _TokenLogprobs(torch.autograd.Function):
     """d logp / d logit_j = (1[j = target] - p_j) / temperature; backward needs no communication."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, part: VocabularySlice) -> Tensor:
-        top_N, log_mass_N = _log_normaliser(logits_NV, part)
-        own_N, column_N = own_columns(targets_N, part)
-        at_target_N = logits_NV.gather(1, column_N[:, None])[:, 0].to(top_N.dtype) / part.temperature
-        at_target_N = summed(torch.where(own_N, at_target_N, 0.0), part.group)
-        ctx.save_for_backward(logits_NV, targets_N, top_N, log_mass_N)
+    def forward(ctx: Any, logits_NV: Tensor, column_N: Tensor, part: VocabularySlice) -> Tensor:
+        softmax = _softmax(logits_NV, column_N, part, entropy=False)
+        ctx.save_for_backward(logits_NV, column_N, softmax.top_N, softmax.log_mass_N)
         ctx.part = part
-        return at_target_N - top_N - log_mass_N
+        return softmax.logprobs_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N, top_N, log_mass_N = ctx.saved_tensors
-        own_N, column_N = own_columns(targets_N, ctx.part)
-        weight_N = grad_N / ctx.part.temperature
-        grad_NV = torch.zeros_like(logits_NV)
-        for rows, work in _chunks(logits_NV, ctx.part):
-            _to_logprobs(work, top_N[rows], log_mass_N[rows]).exp_().mul_(-weight_N[rows, None])
-            # One target a row, so indexing adds without collisions, in a fixed order (scatter_add has none on CUDA).
-            work[torch.arange(len(work), device=work.device), column_N[rows]] += torch.where(own_N, weight_N, 0.0)[rows]
-            grad_NV[rows, : ctx.part.columns] = work
-        return grad_NV, None, None
+        logits_NV, column_N, top_N, log_mass_N = ctx.saved_tensors
+        return _gradient(logits_NV, column_N, RowGradient(top_N, log_mass_N, grad_N), ctx.part), None, None
 
 
 class _TokenEntropy(torch.autograd.Function):
@@ -117,74 +93,36 @@ class _TokenEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, part: VocabularySlice) -> Tensor:
-        top_N, log_mass_N = _log_normaliser(logits_NV, part)
-        entropy_N = torch.zeros_like(top_N)
-        for rows, work in _chunks(logits_NV, part):
-            logprobs = _to_logprobs(work, top_N[rows], log_mass_N[rows])
-            entropy_N[rows] = -_times_probability(logprobs, logprobs.exp()).sum(1)
-        entropy_N = summed(entropy_N, part.group)
-        ctx.save_for_backward(logits_NV, top_N, log_mass_N, entropy_N)
+        softmax = _softmax(logits_NV, _no_target(logits_NV), part, entropy=True)
+        assert softmax.entropy_N is not None
+        ctx.save_for_backward(logits_NV, softmax.top_N, softmax.log_mass_N, softmax.entropy_N)
         ctx.part = part
-        return entropy_N
+        return softmax.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, top_N, log_mass_N, entropy_N = ctx.saved_tensors
-        weight_N = -grad_N / ctx.part.temperature
-        grad_NV = torch.zeros_like(logits_NV)
-        for rows, work in _chunks(logits_NV, ctx.part):
-            logprobs = _to_logprobs(work, top_N[rows], log_mass_N[rows])
-            probabilities = logprobs.exp()
-            logprobs += entropy_N[rows, None]
-            grad_NV[rows, : ctx.part.columns] = _times_probability(logprobs, probabilities) * weight_N[rows, None]
-        return grad_NV, None
+        rows = RowGradient(top_N, log_mass_N, torch.zeros_like(top_N), entropy_N, grad_N)
+        return _gradient(logits_NV, _no_target(logits_NV), rows, ctx.part), None
 
 
-def _log_normaliser(logits_NV: Tensor, part: VocabularySlice) -> tuple[Tensor, Tensor]:
-    """Per row the highest scaled logit and log sum exp(scaled logit - highest), both over the whole vocabulary.
-
-    Kept apart because their sum would round away the small differences between log-probabilities of large logits.
-    """
-    dtype = _precision(logits_NV)
-    # Lowest finite number rather than -inf: -inf - -inf would be NaN in a row whose columns here are all -inf.
-    lowest = torch.finfo(dtype).min
-    highest_N = logits_NV.new_full((logits_NV.shape[0],), lowest, dtype=dtype)
-    mass_N = torch.zeros_like(highest_N)
-    for rows, work in _chunks(logits_NV, part):
-        highest_N[rows] = work.amax(1).clamp_min(lowest)
-        mass_N[rows] = work.sub_(highest_N[rows, None]).exp_().sum(1)
-    top_N = highest_N.clone()
-    if part.group is not None:
-        dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=part.group)
-    log_mass_N = summed(mass_N * (highest_N - top_N).exp(), part.group).log()
-    check_rows(log_mass_N, "logits_NV")
-    return top_N, log_mass_N
+def _softmax(logits_NV: Tensor, column_N: Tensor, part: VocabularySlice, *, entropy: bool) -> Softmax:
+    statistics = empty_statistics(len(logits_NV), like=logits_NV, entropy=entropy)
+    take_block(logits_NV[:, : part.columns], column_N, statistics, temperature=part.temperature)
+    return merge(statistics, part.group, name="logits_NV")
 
 
-def _chunks(logits_NV: Tensor, part: VocabularySlice) -> Iterator[tuple[slice, Tensor]]:
-    """Row ranges, each with a fresh scaled copy of its real columns; nothing where this rank holds only padding."""
-    if part.columns == 0:
-        return
-    step = max(1, CHUNK_ELEMENTS // part.columns)
-    for start in range(0, logits_NV.shape[0], step):
-        rows = slice(start, start + step)
-        work = logits_NV[rows, : part.columns].to(_precision(logits_NV), copy=True)
-        yield rows, work.div_(part.temperature)
+def _gradient(logits_NV: Tensor, column_N: Tensor, rows: RowGradient, part: VocabularySlice) -> Tensor:
+    grad_NV = torch.empty(logits_NV.shape, dtype=logits_NV.dtype, device=logits_NV.device)
+    grad_NV[:, part.columns :] = 0.0
+    real_NC, grad_NC = logits_NV[:, : part.columns], grad_NV[:, : part.columns]
+    to_gradient(real_NC, column_N, rows, temperature=part.temperature, out_NC=grad_NC)
+    return grad_NV
 
 
-def _to_logprobs(work: Tensor, top: Tensor, log_mass: Tensor) -> Tensor:
-    """Scaled logits to log-probabilities, in place."""
-    return work.sub_(top[:, None]).sub_(log_mass[:, None])
-
-
-def _times_probability(x: Tensor, probabilities: Tensor) -> Tensor:
-    """x p with 0 where p is 0, so that a logit of -inf gives 0 and not NaN; overwrites x."""
-    return x.masked_fill_(probabilities == 0, 0.0).mul_(probabilities)
-
-
-def _precision(logits_NV: Tensor) -> torch.dtype:
-    return torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+def _no_target(logits_NV: Tensor) -> Tensor:
+    return torch.full((len(logits_NV),), -1, device=logits_NV.device)
 
 
 def _slice(

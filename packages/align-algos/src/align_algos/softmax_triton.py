@@ -1,5 +1,7 @@
 """The two functions of `softmax_blocks` as Triton kernels: one pass over a block of logits each. Needs Triton.
 
+One program a row. The parameters of the kernels have no annotations, because Triton reads those and knows only its own.
+
 Legend: N rows, C columns of the block.
 """
 
@@ -19,76 +21,73 @@ _WARPS = 8
 
 def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, temperature: float) -> None:
     """As `softmax_blocks.take_block`."""
-    entropy = statistics.moment_N is not None
-    _launch(
-        _statistics_kernel,
-        logits_NC,
-        columns_N,
-        statistics,
-        temperature=temperature,
-        entropy=entropy,
-        LOWEST=LOWEST_SHIFT,
-    )
-
-
-def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temperature: float) -> None:
-    """As `softmax_blocks.to_gradient`."""
-    entropy = rows.entropy_weight_N is not None
-    _launch(_gradient_kernel, logits_NC, columns_N, rows, temperature=temperature, entropy=entropy)
-
-
-def _launch(
-    kernel: Any,
-    logits_NC: Tensor,
-    columns_N: Tensor,
-    per_row: Statistics | RowGradient,
-    *,
-    temperature: float,
-    entropy: bool,
-    **constants: float,
-) -> None:
-    """One program a row."""
-    rows, columns = logits_NC.shape
-    # A column that is None becomes one that the kernel will not read.
-    filled = tuple(per_row[0] if column is None else column for column in per_row)
-    with torch.cuda.device(logits_NC.device):
-        kernel[(rows,)](
+    top_N, mass_N, moment_N, at_target_N = statistics
+    with _device(logits_NC):
+        _statistics_kernel[(len(logits_NC),)](
             logits_NC,
             logits_NC.stride(0),
-            columns,
+            logits_NC.shape[1],
             columns_N,
-            *filled,
+            top_N,
+            mass_N,
+            top_N if moment_N is None else moment_N,  # not read where there is none
+            at_target_N,
             1.0 / temperature,
-            ENTROPY=entropy,
+            LOWEST_SHIFT,
+            ENTROPY=moment_N is not None,
             TILE=_TILE,
-            **constants,
             num_warps=_WARPS,
         )
 
 
+def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temperature: float, out_NC: Tensor) -> None:
+    """As `softmax_blocks.to_gradient`."""
+    entropy = rows.entropy_weight_N is not None
+    with _device(logits_NC):
+        _gradient_kernel[(len(logits_NC),)](
+            logits_NC,
+            out_NC,
+            logits_NC.stride(0),
+            out_NC.stride(0),
+            logits_NC.shape[1],
+            columns_N,
+            rows.top_N,
+            rows.log_mass_N,
+            rows.weight_N.contiguous(),  # the gradient of a sum is one number, expanded
+            rows.entropy_N if entropy else rows.top_N,
+            rows.entropy_weight_N.contiguous() if entropy else rows.top_N,
+            1.0 / temperature,
+            ENTROPY=entropy,
+            TILE=_TILE,
+            num_warps=_WARPS,
+        )
+
+
+def _device(x: Tensor) -> Any:
+    return torch.cuda.device(x.device)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _statistics_kernel(  # noqa: PLR0917 (Triton takes them by position)
-    logits: Any,
-    stride: Any,
-    columns: Any,
-    target: Any,
-    top: Any,
-    mass: Any,
-    moment: Any,
-    at_target: Any,
-    inverse_temperature: Any,
+def _statistics_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917 (Triton takes them by position)
+    logits,
+    stride,
+    columns,
+    target,
+    top,
+    mass,
+    moment,
+    at_target,
+    inverse_temperature,
+    lowest,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
-    LOWEST: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     own = tl.load(target + row)
     m = tl.load(top + row)
     s = tl.load(mass + row)
-    q = 0.0
-    if ENTROPY:
-        q = tl.load(moment + row)
+    q = tl.load(moment + row) if ENTROPY else 0.0
     for start in range(0, columns, TILE):
         column = start + tl.arange(0, TILE)
         x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32) * inverse_temperature
@@ -96,7 +95,7 @@ def _statistics_kernel(  # noqa: PLR0917 (Triton takes them by position)
         e = tl.exp(x - new)
         scale = tl.exp(m - new)
         if ENTROPY:
-            q = scale * (q + tl.maximum(m - new, LOWEST) * s) + tl.sum(tl.where(e > 0, e * (x - new), 0.0), 0)
+            q = scale * (q + tl.maximum(m - new, lowest) * s) + tl.sum(tl.where(e > 0, e * (x - new), 0.0), 0)
         s = s * scale + tl.sum(e, 0)
         m = new
     tl.store(top + row, m)
@@ -108,33 +107,38 @@ def _statistics_kernel(  # noqa: PLR0917 (Triton takes them by position)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gradient_kernel(  # noqa: PLR0917
-    logits: Any,
-    stride: Any,
-    columns: Any,
-    target: Any,
-    top: Any,
-    log_mass: Any,
-    weight: Any,
-    entropy: Any,
-    entropy_weight: Any,
-    inverse_temperature: Any,
+def _gradient_kernel(  # type: ignore[no-untyped-def] # noqa: PLR0917
+    logits,
+    out,
+    stride,
+    out_stride,
+    columns,
+    target,
+    top,
+    log_mass,
+    weight,
+    entropy,
+    entropy_weight,
+    inverse_temperature,
     ENTROPY: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
+    out += row * out_stride
     own = tl.load(target + row)
     m = tl.load(top + row)
-    lse = m + tl.load(log_mass + row)
+    l = tl.load(log_mass + row)  # noqa: E741
     w = tl.load(weight + row)
+    h = tl.load(entropy + row) if ENTROPY else 0.0
+    v = tl.load(entropy_weight + row) if ENTROPY else 0.0
     for start in range(0, columns, TILE):
         column = start + tl.arange(0, TILE)
         inside = column < columns
         x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * inverse_temperature
-        logp = x - lse
+        logp = x - m - l
         p = tl.exp(logp)
         g = tl.where(column == own, w, 0.0) - w * p
         if ENTROPY:
-            g -= tl.load(entropy_weight + row) * tl.where(p > 0, p * (logp + tl.load(entropy + row)), 0.0)
-        tl.store(logits + column, (g * inverse_temperature).to(logits.dtype.element_ty), mask=inside)
+            g -= v * tl.where(p > 0, p * (logp + h), 0.0)
+        tl.store(out + column, (g * inverse_temperature).to(out.dtype.element_ty), mask=inside)
