@@ -96,6 +96,13 @@ class MicroBatch:
     """int64 [B], position of each sequence's last token."""
     packed: Packed
 
+    def target_rows(self) -> Tensor:
+        """int64, positions of the tokens that a loss looks at: inside the mask, or imitated beside it."""
+        learnt_N = self.batch.mask
+        if "sft_weight" in self.batch.token_columns:
+            learnt_N = learnt_N | (self.batch.token_column("sft_weight").astype(np.float32) > 0)
+        return _to(np.flatnonzero(learnt_N), self.tokens.device)
+
     def token_column(self, name: str) -> Tensor:
         """The per-token column on the device."""
         return _to(self.batch.token_column(name), self.tokens.device)

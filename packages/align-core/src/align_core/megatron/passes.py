@@ -22,14 +22,20 @@ Read = Callable[[Tensor, MicroBatch], Tensor]
 """What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N], values [N] or scores [B]."""
 
 
-def read_logprobs(chunk: Any, vocab_size: int) -> Read:
+def read_logprobs(chunk: Any, vocab_size: int, *, targets_only: bool = False) -> Read:
     """Log-prob of each token given those before it in its sequence, 0 for the first, over the real vocabulary.
 
     Args:
         chunk: the last chunk of the model, which holds the head's weight where this rank has it.
+        targets_only: 0 for tokens that no loss looks at too: a prompt then costs nothing at the head, which in a small
+            model with a large vocabulary is a good part of all.
     """
 
     def read(hidden_1PH: Tensor, micro: MicroBatch) -> Tensor:
+        if targets_only:
+            rows = micro.target_rows()
+            found = _next_logprobs(hidden_1PH[0, rows - 1], chunk, micro.tokens[0, rows], vocab_size)
+            return found.new_zeros(len(micro.targets)).index_put((rows,), found)
         of_next_N = _next_logprobs(hidden_1PH[0, : len(micro.targets)], chunk, micro.targets, vocab_size)
         shifted_N = torch.cat([of_next_N.new_zeros(1), of_next_N[:-1]])
         return torch.where(micro.is_first, 0.0, shifted_N)

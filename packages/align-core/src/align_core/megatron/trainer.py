@@ -125,7 +125,7 @@ class MegatronTrainer:
         self.reload()
         prepared = prepare_loss(loss, batch, head=self.config.head)
         micros = self._micros(prepared.batch, unit=prepared.unit)
-        read = self._read(prepared.reads)
+        read = self._read(prepared.reads, targets_only=True)
         number = optimization.steps_done
         optimization.zero_grad()
         clock.lap("prepare")
@@ -158,7 +158,9 @@ class MegatronTrainer:
         micros = self._micros(prepared.batch, unit=prepared.unit)
         parts = []
         with _explained(f"evaluation: {type(loss).__name__}"), torch.no_grad():
-            for micro, values in zip(micros, forward(self._chunks, micros, self._read(prepared.reads))):
+            for micro, values in zip(
+                micros, forward(self._chunks, micros, self._read(prepared.reads, targets_only=True))
+            ):
                 if len(micro.indices):
                     value, metrics = prepared.compute(values, micro)
                     parts.append({"loss": value, **metrics})
@@ -307,9 +309,9 @@ class MegatronTrainer:
                     result[batch.offsets[row] : batch.offsets[row + 1]] = part
         return self._joined(result)
 
-    def _read(self, output: Output) -> Read:
+    def _read(self, output: Output, *, targets_only: bool = False) -> Read:
         if output == "logprobs":
-            return read_logprobs(self._chunks[-1], self.model_config.vocab_size)
+            return read_logprobs(self._chunks[-1], self.model_config.vocab_size, targets_only=targets_only)
         return read_scores if output == "scores" else read_values
 
     def _trained(self) -> Optimization:
