@@ -99,7 +99,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused(llama: Callable[..., Pat
         other.load(tmp_path / "saved")
     record = json.loads((tmp_path / "saved" / "align.json").read_text())
     (tmp_path / "saved" / "align.json").write_text(json.dumps({**record, "format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads 2"):
         other.load(tmp_path / "saved")
     other.close()
 

@@ -25,7 +25,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as torch_load
 from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from align_convert.config import ModelConfig
@@ -35,22 +37,24 @@ from align_core.megatron.model import LlamaModel
 from align_core.megatron.optimizer import Optimization
 from align_core.megatron.parallel import RankContext
 from align_core.megatron.quiet import quiet_megatron
+from align_core.megatron.shards import OwnedRange, Rectangles, sharded_state
 
 _RECORD = "align.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class _InProcessWriter(SaveShardedStrategy):  # type: ignore[misc]
     """The torch_dist format, written by threads of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Mapping[str, Rectangles]) -> None:
         super().__init__("torch_dist", 1)
+        self._more = more
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Write this rank's shards."""
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         torch_save(
-            mcore_to_pyt_state_dict(renamed, False),
+            {**mcore_to_pyt_state_dict(renamed, False), **self._more},
             storage_writer=FileSystemWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
@@ -87,15 +91,17 @@ def save_checkpoint(
 ) -> None:
     """Write weights, optimizer, schedule, random state and `state`; every rank calls it."""
     with shared_directory(path, context) as partial:
-        content = _content(chunks, optimization if optimization.steps_done else None, is_loading=False)
+        content: dict[str, Any] = _weights(chunks)
+        state_of = sharded_state(_owned(optimization), _flat(content), vocab_size=config.vocab_size)
         content["rng"] = _random_state(context)
         content["scheduler"] = optimization.scheduler.state_dict()
         with quiet_megatron():
-            dist_checkpointing.save(content, str(partial), sharded_strategy=_InProcessWriter())
+            dist_checkpointing.save(content, str(partial), sharded_strategy=_InProcessWriter(state_of))
         if context.rank == 0:
             record = {
                 "format": _FORMAT,
                 "step": optimization.steps_done,
+                "adam_steps": optimization.adam_steps,
                 "parallel": _layout(context),
                 "state": dict(state),
                 "tensors": _shapes(config),
@@ -113,19 +119,27 @@ def load_checkpoint(
     """
     record = read_record(path)
     _check_model(path, record["tensors"], config)
-    # AdamW has no state before its first step, so there is none to ask for.
-    content = _content(chunks, optimization if record["step"] else None, is_loading=True)
+    content: dict[str, Any] = _weights(chunks)
+    entries = _flat(content)
     same_layout = record["parallel"] == _layout(context)
     if same_layout:
         content["rng"] = _random_state(context)
     try:
         with quiet_megatron():
+            owned = optimization.owned() if record["adam_steps"] else []
+            places: dict[str, Any] = dict(sharded_state(owned, entries, vocab_size=config.vocab_size))
             loaded = dist_checkpointing.load(content, str(path))
+            if record["adam_steps"]:
+                torch_load(
+                    places,
+                    storage_reader=FileSystemReader(path),
+                    planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                )
     except (CheckpointingException, CheckpointException, OSError) as error:
         raise CheckpointError(f"the checkpoint {str(path)!r} cannot be read: {error}") from error
     for chunk, key in zip(chunks, _keys(chunks)):
         chunk.load_state_dict(loaded[key])
-    optimization.restore(loaded.get("optimizer"), loaded["scheduler"])
+    optimization.restore(adam_steps=record["adam_steps"], schedule=loaded["scheduler"])
     if same_layout:
         _restore_random_state(loaded["rng"])
     return dict(record["state"])
@@ -145,14 +159,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _content(chunks: Sequence[LlamaModel], optimization: Optimization | None, *, is_loading: bool) -> dict[str, Any]:
-    """The tensors of a checkpoint; when loading, the places that they go to."""
-    content = {key: chunk.sharded_state_dict() for chunk, key in zip(chunks, _keys(chunks))}
-    if optimization is None:
-        return content
-    # The optimizer replaces entries of the mapping that it is given.
-    weights = {key: dict(part) for key, part in content.items()} if len(chunks) > 1 else dict(content["model"])
-    return {**content, "optimizer": optimization.optimizer.sharded_state_dict(weights, is_loading=is_loading)}
+def _weights(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
+    """megatron-core's description of each chunk's weights, by its key."""
+    return {key: chunk.sharded_state_dict() for chunk, key in zip(chunks, _keys(chunks))}
+
+
+def _flat(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """All chunks' entries together."""
+    return {f"{key}.{name}": entry for key, part in weights.items() for name, entry in part.items()}
+
+
+def _owned(optimization: Optimization) -> list[OwnedRange]:
+    """AdamW has nothing before its first step."""
+    return optimization.owned() if optimization.adam_steps else []
 
 
 def _keys(chunks: Sequence[LlamaModel]) -> list[str]:

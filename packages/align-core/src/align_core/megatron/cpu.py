@@ -30,6 +30,7 @@ _MODULES = (
     "models.common.embeddings.rotary_pos_embedding",
     "models.common.language_module.language_module",
     "optimizer.clip_grads",
+    "optimizer.distrib_optimizer",
     "optimizer.optimizer",
     "parallel_state",
     "pipeline_parallel.p2p_communication",
@@ -90,7 +91,9 @@ def install() -> None:
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
     _rename_types(_module("optimizer.clip_grads").clip_grad_by_total_norm_fp32)
-    _rename_types(_module("optimizer.optimizer").Float16OptimizerWithFloat16Params.__init__)
+    distributed = _module("optimizer.distrib_optimizer").DistributedOptimizer
+    _rename_types(distributed.__init__)
+    _rename_types(distributed._build_model_and_main_param_groups.__func__)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Gradients, AdamW and the learning-rate schedule: megatron-core's, set up so that gradients are summed, not averaged.
 
-The optimizer is FP32Optimizer, or Float16OptimizerWithFloat16Params with float32 main weights for bfloat16: every
-data-parallel rank holds the whole optimizer state. Knows nothing about batches and losses.
+The optimizer is megatron-core's DistributedOptimizer: each data-parallel rank holds and updates its share of AdamW's
+state, and of the float32 main weights that bfloat16 training has. Knows nothing about batches and losses.
 """
 
 import math
@@ -19,6 +19,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import copy_tensor_model_parallel_attributes
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -26,6 +27,7 @@ from align_core.config import Dtype, OptimizerConfig
 from align_core.errors import AlignError, ConfigError
 from align_core.megatron.model import LlamaModel
 from align_core.megatron.quiet import quiet_megatron
+from align_core.megatron.shards import OwnedRange
 from align_core.megatron.spec import DTYPES
 
 
@@ -45,7 +47,7 @@ class Optimization:
     @quiet_megatron()
     def __init__(self, chunks: Sequence[LlamaModel], config: OptimizerConfig, *, steps: int, dtype: Dtype) -> None:
         check_schedule(config, steps=steps)
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.chunks: list[Any] = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
         chunks[0].config.finalize_model_grads_func = _sum_gradients
         self.optimizer: Any = get_megatron_optimizer(
@@ -60,11 +62,13 @@ class Optimization:
                 clip_grad=config.clip_grad,
                 bf16=dtype == "bfloat16",
                 params_dtype=DTYPES[dtype],
+                use_distributed_optimizer=True,
             ),
             self.chunks,
             use_gloo_process_groups=False,
         )
         (self._inner,) = self.optimizer.chained_optimizers
+        _detach_views(self._inner)
         if self._inner.param_groups[0]["params"][0].is_cuda:
             for group in self._inner.optimizer.param_groups:
                 group.update(fused=True, foreach=False)  # one pass over memory, and no temporaries of the model's size
@@ -141,20 +145,54 @@ class Optimization:
         dist.all_reduce(square, group=self._inner.get_grad_stats_parallel_group())
         return math.sqrt(float(square))
 
-    def restore(self, state: dict[str, Any] | None, schedule: dict[str, Any]) -> None:
-        """Continue from a checkpoint, after the model has its weights.
+    def owned(self) -> list[OwnedRange]:
+        """This rank's share of the state, made of zeros if no step has been taken."""
+        found = []
+        for parameter in self._inner.model_param_gbuf_map:
+            tensors = dict(self._inner._get_main_param_and_optimizer_states(parameter))
+            main = tensors.pop("param")
+            if "exp_avg" not in tensors:
+                tensors = self._new_state(main)
+            values = {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
+            if parameter.dtype is not torch.float32:
+                values["main_weight"] = main.detach()
+            found.append(
+                OwnedRange(
+                    parameter=parameter,
+                    start=self._inner._get_model_param_range_map(parameter)["param"].start,
+                    values=values,
+                )
+            )
+        return found
+
+    @property
+    def adam_steps(self) -> int:
+        """Updates that AdamW has done, which skipped steps are not."""
+        states = self._inner.optimizer.state.values()
+        return int(next((state["step"] for state in states), 0))
+
+    def restore(self, *, adam_steps: int, schedule: dict[str, Any]) -> None:
+        """Continue, after the weights, and the tensors of `owned` if `adam_steps` is not 0, have been loaded.
 
         Args:
-            state: of the optimizer; None for a checkpoint of before the first step.
             schedule: its position is taken; its shape is this run's settings.
         """
-        if state is None:
-            self.optimizer.optimizer.state.clear()
-            self.optimizer.reload_model_params()
+        if adam_steps:
+            for state in self._inner.optimizer.state.values():
+                state["step"].fill_(adam_steps)
         else:
-            self.optimizer.load_state_dict(state)
+            self._inner.optimizer.state.clear()
+            self.optimizer.reload_model_params()
         self.scheduler.num_steps = 0  # load_state_dict adds to it
         self.scheduler.load_state_dict(schedule)
+
+    def _new_state(self, main: Tensor) -> dict[str, Tensor]:
+        """What AdamW makes at its first step."""
+        state = self._inner.optimizer.state[main]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=main.device if main.is_cuda else "cpu")
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(main, memory_format=torch.preserve_format)
+        return dict(state)
 
 
 def check_schedule(config: OptimizerConfig, *, steps: int) -> None:
@@ -166,6 +204,20 @@ def check_schedule(config: OptimizerConfig, *, steps: int) -> None:
         )
     if config.min_lr > config.lr:
         raise ConfigError(f"optimizer.min_lr {config.min_lr} is above optimizer.lr {config.lr}; lower it")
+
+
+def _detach_views(optimizer: Any) -> None:
+    """Make leaves of the ranges of float32 parameters that are updated: torch warns of gradients set on views."""
+    leaves: dict[int, Tensor] = {}
+    for ranges in optimizer.shard_fp32_groups:
+        for position, view in enumerate(ranges):
+            leaf = leaves[id(view)] = view.detach()
+            copy_tensor_model_parallel_attributes(leaf, view)
+            if hasattr(view, "shared"):
+                leaf.shared = view.shared
+            ranges[position] = leaf
+    for group in optimizer.optimizer.param_groups:
+        group["params"] = [leaves.get(id(parameter), parameter) for parameter in group["params"]]
 
 
 def _sum_gradients(models: Sequence[Any], num_tokens: object = None, **groups: Any) -> None:
