@@ -51,8 +51,16 @@ def main() -> None:
     train = gsm8k_task.write(gsm8k_task.read(options.train), runs / "train.jsonl")
     found = []
     for seed in options.seeds:
-        words = _words(options, seed, train, test, runs / f"seed-{seed}")
-        found.append(_run(words, runs / f"seed-{seed}", seed, deadline))
+        out = runs / f"seed-{seed}"
+        run = _run(_words(options, seed, train, test, out), out, seed, deadline)
+        if run["status"] and not run["steps"] and time.monotonic() < deadline:
+            sys.stderr.write(
+                f"in one process: {run['log_tail']}\ntrying trainer and engine in processes of their own\n"
+            )
+            out = runs / f"seed-{seed}-ray"
+            words = [*_words(options, seed, train, test, out), "--cluster.in_process", "false"]
+            run = {**_run(words, out, seed, deadline), "in_one_process": run["log_tail"]}
+        found.append(run)
         facts = {"command": " ".join(sys.argv), "device": _device(), "versions": _versions(), "runs": found}
         (options.out / "grpo-gsm8k.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (options.out / "grpo-gsm8k.md").write_text(table(facts), encoding="utf-8")
@@ -68,7 +76,8 @@ def _words(options: argparse.Namespace, seed: int, train: Path, test: Path, out:
         *("--save_every", "1000000", "--cluster.in_process", "true", "--old_logprobs", "fused"),
         *("--sampling.n", "8", "--sampling.max_tokens", str(options.max_tokens), "--engine.context", str(context)),
         *("--engine.max_sequences", str(8 * options.prompts), "--engine.dtype", options.dtype),
-        *("--engine.memory_fraction", "0.3", "--training.dtype", options.dtype),
+        *("--engine.memory_fraction", "0.3", "--engine.sleep", "false", "--training.dtype", options.dtype),
+        *("--sampling.seeded", "false"),  # TRL's samples have no seed of their own either
         *("--training.micro_batch_tokens", str(options.micro_batch_tokens)),
         *("--optimizer.lr", "1e-6", "--optimizer.schedule", "constant", "--optimizer.beta2", "0.999"),
         *("--reward", f"math=1,{task}:strict={gsm8k_task.STRICT_WEIGHT}", "--eval_reward", f"math=1,{task}:strict=0"),

@@ -208,12 +208,12 @@ def _model_params(model: Path) -> list[ParamMeta]:
 def _sampling_params(prompt_id: int, sample: int, sampling: SamplingConfig, eos_ids: Sequence[int]) -> Any:
     from vllm import SamplingParams  # noqa: PLC0415
 
-    greedy = sampling.temperature == 0
+    seeded = sampling.seeded and sampling.temperature > 0
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         max_tokens=sampling.max_tokens,
-        seed=None if greedy else completion_seed(seed=sampling.seed, prompt_id=prompt_id, sample=sample),
+        seed=completion_seed(seed=sampling.seed, prompt_id=prompt_id, sample=sample) if seeded else None,
         stop_token_ids=list(eos_ids),
         logprobs=0,
         detokenize=False,
