@@ -16,8 +16,10 @@ from align_core.types import Completion, FinishReason, Prompt
 
 
 class AddingEngine:
-    """Answers `a+b` with `#### sum`; one too many where the sum is a multiple of the model's `mistakes`."""
+    """Answers `a+b` with `#### sum`; one too many where sum + sample is a multiple of the model's `mistakes`."""
 
+    asked: ClassVar[int] = 0
+    fail_after: ClassVar[int | None] = None
     live: ClassVar[int] = 0
     finish_reason: ClassVar[FinishReason] = "stop"
 
@@ -33,17 +35,20 @@ class AddingEngine:
         return cls(load_tokenizer(model), **json.loads((model / "skill.json").read_text()))
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
-        return [self._answer(prompt) for prompt in prompts]
+        AddingEngine.asked += len(prompts) * sampling.n
+        if AddingEngine.fail_after is not None and AddingEngine.asked > AddingEngine.fail_after:
+            raise RuntimeError("the engine died")
+        return [self._answer(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
 
-    def _answer(self, prompt: Prompt) -> Completion:
+    def _answer(self, prompt: Prompt, sample: int) -> Completion:
         left, _, right = self._tokenizer.decode(prompt.tokens).strip().partition("+")
         total = int(left) + int(right)
-        if total % self._mistakes == 0:
+        if (total + sample) % self._mistakes == 0:
             total += 1
         tokens = np.asarray(self._tokenizer.encode(self._reply.format(total)), dtype=np.int32)
         return Completion(
             prompt_id=prompt.id,
-            sample=0,
+            sample=sample,
             tokens=tokens,
             logprobs=np.zeros(len(tokens), np.float32),
             finish_reason=self.finish_reason,
@@ -76,6 +81,8 @@ def adding(monkeypatch: pytest.MonkeyPatch) -> type[AddingEngine]:
     """Registers the engine as `adding`, the only one there is."""
     monkeypatch.setattr(registry, "entry_points", lambda group: [_Point()] if group == "align.engines" else [])
     monkeypatch.setattr(AddingEngine, "live", 0)
+    monkeypatch.setattr(AddingEngine, "asked", 0)
+    monkeypatch.setattr(AddingEngine, "fail_after", None)
     return AddingEngine
 
 

@@ -33,7 +33,7 @@ def test_accuracy_writes_items_summary_and_table(
     assert (entry["model"], entry["data"], entry["template"]) == (str(weak), str(sums), "plain")
     items = [json.loads(line) for line in (out / "weak.jsonl").read_text().splitlines()]
     assert [item["correct"] for item in items] == [False, True] * 5
-    assert sorted(path.name for path in out.iterdir()) == ["accuracy.json", "strong.jsonl", "weak.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.json", "store", "strong.jsonl", "weak.jsonl"]
     printed = capsys.readouterr().out
     assert "strong" in printed
     assert "90.0%" in printed
@@ -52,7 +52,7 @@ def test_summary_appears_when_all_models_are_done_and_items_before(
     good, bad = make_model("good", mistakes=2), make_model("bad", mistakes=2)
     (bad / "tokenizer.json").unlink()
     assert main(_arguments(sums, tmp_path / "out", good, bad)) == 2
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.jsonl"]
+    assert [path.name for path in (tmp_path / "out").glob("*.json*")] == ["good.jsonl"]
 
 
 def test_user_errors_are_one_line_and_status_2(

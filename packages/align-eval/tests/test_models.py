@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from align_core.errors import ConfigError
-from align_eval.models import model_names
+from align_core.errors import CheckpointError, ConfigError
+from align_eval.models import fingerprint, hugging_face, model_names
 
 
 def test_models_are_named_by_their_shortest_distinct_ends() -> None:
@@ -21,3 +21,43 @@ def test_models_are_named_by_their_shortest_distinct_ends() -> None:
 def test_malformed_model_name_is_refused(model: str) -> None:
     with pytest.raises(ConfigError, match="NAME=DIR"):
         model_names([model])
+
+
+def test_fingerprint_changes_with_content_and_not_with_the_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(3_000_000))
+    first = fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "b") == first
+    (tmp_path / "b" / "notes.md").write_text("x")
+    assert fingerprint(tmp_path / "b") == first
+    changed = bytearray(3_000_000)
+    changed[-1] = 1
+    (tmp_path / "b" / "model.safetensors").write_bytes(changed)
+    assert fingerprint(tmp_path / "b") != first
+    (tmp_path / "a" / "config.json").write_text('{"a": 1}')
+    assert fingerprint(tmp_path / "a") != first
+
+
+def test_megatron_checkpoint_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, work = tmp_path / "sft", tmp_path / "work"
+    model.mkdir()
+    assert hugging_face(model, work=work) == model
+    (model / "latest_checkpointed_iteration.txt").write_text("1")
+    calls: list[list[str]] = []
+
+    def convert(argv: list[str]) -> int:
+        calls.append(argv)
+        Path(argv[2]).mkdir()
+        return 0
+
+    monkeypatch.setattr("align_core.registry.load", lambda group, name: convert)
+    converted = hugging_face(model, work=work)
+    assert converted.parent == work
+    assert hugging_face(model, work=work) == converted
+    assert calls == [["to-hf", str(model), str(converted)]]
+    (model / "latest_checkpointed_iteration.txt").write_text("2")
+    monkeypatch.setattr("align_core.registry.load", lambda group, name: lambda argv: 2)
+    with pytest.raises(CheckpointError, match="could not be converted"):
+        hugging_face(model, work=work)

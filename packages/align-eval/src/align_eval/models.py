@@ -14,9 +14,10 @@ from align_core.config import EngineConfig
 from align_core.contracts import Command, RolloutEngine
 from align_core.errors import CheckpointError, ConfigError, DataError
 
+_MEGATRON = ("latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata")  # any of them in a Megatron directory
 _SAMPLED_BYTES = 2**16
 _SAMPLES_A_FILE = 32
-_LEFT_OUT = frozenset({".md", ".txt", ".jsonl", ".log", ".py"})  # what does not change answers
+_LEFT_OUT = frozenset({".md", ".jsonl", ".log", ".py"})  # what does not change answers
 
 
 @runtime_checkable
@@ -101,20 +102,20 @@ def fingerprint(directory: Path) -> str:
 
 
 def hugging_face(model: Path, *, work: Path) -> Path:
-    """`model` itself if it is a Hugging Face directory; a Megatron checkpoint is converted into `work`, once.
+    """`model` itself, or the Hugging Face directory that a Megatron checkpoint is converted to below `work`, once.
 
     Raises:
         ConfigError: a conversion is needed and align-convert is not installed.
         CheckpointError: the conversion failed; it has printed why.
     """
-    if any(model.glob("*.safetensors")) or any(model.glob("pytorch_model*.bin")):
+    if not any(True for mark in _MEGATRON for _ in model.glob(mark)):
         return model
     converted = work / f"{model.name}-{fingerprint(model)}"
     if not converted.is_dir():
         work.mkdir(parents=True, exist_ok=True)
         convert = cast("Command", registry.load("align.commands", "convert"))
         if convert(["to-hf", str(model), str(converted)]) != 0:
-            raise CheckpointError(f"{str(model)!r} is no Hugging Face directory and could not be converted to one")
+            raise CheckpointError(f"{str(model)!r} is a Megatron checkpoint that could not be converted")
     return converted
 
 

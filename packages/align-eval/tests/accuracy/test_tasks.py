@@ -18,13 +18,14 @@ def test_prompts_messages_and_solutions_are_read(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "1+1"}]
     path = _write(
         tmp_path / "data.jsonl",
-        json.dumps({"prompt": "1+1", "answer": 2, "source": "kept out"}),
+        json.dumps({"prompt": "1+1", "answer": 2, "source": "kept"}),
         "",
         json.dumps({"messages": messages, "answer": "1+1=2\n#### 2"}),
     )
     first, second = read_tasks(path)
-    assert (first.line, first.content, first.gold) == (1, "1+1", 2)
-    assert (second.line, second.content, second.gold) == (3, messages, 2)
+    assert (first.line, first.content, first.gold) == (1, "1+1", "2")
+    assert (second.line, second.content, second.gold) == (3, messages, "1+1=2\n#### 2")
+    assert first.record["source"] == "kept"
 
 
 def test_limit_takes_the_first_and_reads_no_further(tmp_path: Path) -> None:
@@ -38,8 +39,8 @@ def test_limit_takes_the_first_and_reads_no_further(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("not json", "not JSON"),
-        ("[1]", "expected an object .* got list"),
-        ('{"question": "1+1", "answer": "2"}', "expected 'prompt' .*, got 'answer' or 'question'"),
+        ("[1]", "expected an object, got list"),
+        ('{"text": "1+1", "answer": "2"}', "expected 'prompt' .*, got 'answer' or 'text'"),
         ('{"prompt": "  ", "answer": "2"}', "expected 'prompt'"),
         ('{"messages": [{"role": "user"}], "answer": "2"}', "expected 'prompt'"),
         ('{"prompt": "1+1"}', "no 'answer', only 'prompt'"),

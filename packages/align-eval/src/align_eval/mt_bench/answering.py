@@ -14,9 +14,9 @@ from align_core.contracts import Judge, RolloutEngine
 from align_core.errors import ConfigError, WorkerError
 from align_core.text import Tokenizer, render_prompt
 from align_core.types import ChatRequest, Prompt
+from align_eval.digest import digest
 from align_eval.drive import Job, drive
 from align_eval.errors import UnansweredError
-from align_eval.mt_bench.grading import digest
 from align_eval.mt_bench.questions import Question
 from align_eval.mt_bench.sheet import AnswerSheet, Conversation
 

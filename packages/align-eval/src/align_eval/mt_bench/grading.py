@@ -3,14 +3,13 @@
 Knows nothing of how they are sent or what comes back. `Grading` is one call of the judge.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
 from align_core.errors import DataError, choices
+from align_eval.digest import digest
 from align_eval.mt_bench.fastchat import Answer
 from align_eval.mt_bench.questions import NEEDS_REFERENCE, Bench, JudgePrompt, Question
 
@@ -146,8 +145,3 @@ def _fields(question: Question, turn: int, answers: tuple[Answer, ...], referenc
         names = (f"answer_{number}",) if len(answers) == 1 else (f"answer_a_{number}", f"answer_b_{number}")
         fields.update({name: answer.turns[number - 1] for name, answer in zip(names, answers)})
     return fields
-
-
-def digest(value: object) -> str:
-    """16 hexadecimal digits that change with the value."""
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:16]

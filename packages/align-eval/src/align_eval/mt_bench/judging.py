@@ -12,9 +12,10 @@ from typing import NamedTuple
 from align_core.contracts import Judge
 from align_core.types import ChatReply, ChatRequest
 from align_eval.cost import Budget
+from align_eval.digest import digest
 from align_eval.drive import Job, drive
 from align_eval.errors import UnansweredError
-from align_eval.mt_bench.grading import Grading, digest
+from align_eval.mt_bench.grading import Grading
 from align_eval.mt_bench.verdicts import (
     ReadRating,
     ReadWinner,

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from align_core.types import FinishReason
+from align_eval.digest import digest
 from align_eval.mt_bench.fastchat import Answer
-from align_eval.mt_bench.grading import digest
 from align_eval.mt_bench.questions import Question
 from align_eval.store import Record, Store
 
