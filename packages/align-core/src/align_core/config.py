@@ -297,8 +297,9 @@ class DpoLoss:
     """Strength of the pull to the reference; DPO's and the tutorial's value. For SimPO a scale (2), for ORPO lambda."""
     label_smoothing: float = 0.0
     """Assumed share of swapped preferences; with `sigmoid` this is cDPO. `robust` needs it below 0.5."""
-    length_normalised: bool = False
-    """Mean instead of sum over a response's log-ratios; `simpo` and `orpo` always take the mean."""
+    length_normalised: bool | None = None
+    """Mean instead of sum over a response's log-ratios. Unset: mean for `ipo` (as in its authors' experiments), sum for
+    the others; `simpo` and `orpo` always take the mean."""
     simpo_margin: float = 0.5
     """SimPO's gamma, the reward by which the chosen response should win."""
 
@@ -309,6 +310,11 @@ class DpoLoss:
             raise ConfigError(f"label_smoothing has no meaning in form {self.form!r}; set it to 0")
         if self.form == "robust" and not 0 < self.label_smoothing < 0.5:
             raise ConfigError("form 'robust' needs label_smoothing above 0 and below 0.5: the share of wrong labels")
+
+    @property
+    def takes_mean(self) -> bool:
+        """`length_normalised`, made definite."""
+        return self.form == "ipo" if self.length_normalised is None else self.length_normalised
 
     @property
     def needs_reference(self) -> bool:

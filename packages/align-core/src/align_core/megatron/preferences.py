@@ -58,7 +58,7 @@ def _with_reference(
     loss: DpoLoss, logprobs_N: Tensor, micro: MicroBatch, mask_N: Tensor, offsets: Tensor, *, num_pairs: int
 ) -> LossOutput:
     reference_N = micro.token_column("reference_logprobs")
-    beta, mean, swapped = loss.beta, loss.length_normalised, loss.label_smoothing
+    beta, mean, swapped = loss.beta, loss.takes_mean, loss.label_smoothing
     columns = (logprobs_N, reference_N, mask_N, offsets)
     if loss.form == "ipo":
         return ipo_loss(*columns, beta=beta, num_pairs=num_pairs, length_normalised=mean)
