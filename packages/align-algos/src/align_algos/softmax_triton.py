@@ -42,7 +42,9 @@ def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, 
 
 def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temperature: float, out_NC: Tensor) -> None:
     """As `softmax_blocks.to_gradient`."""
-    entropy = rows.entropy_weight_N is not None
+    entropy_N, entropy_weight_N = rows.entropy_N, rows.entropy_weight_N
+    if entropy_N is None or entropy_weight_N is None:
+        entropy_N = entropy_weight_N = rows.top_N  # not read
     with _device(logits_NC):
         _gradient_kernel[(len(logits_NC),)](
             logits_NC,
@@ -54,10 +56,10 @@ def to_gradient(logits_NC: Tensor, columns_N: Tensor, rows: RowGradient, *, temp
             rows.top_N,
             rows.log_mass_N,
             rows.weight_N.contiguous(),  # the gradient of a sum is one number, expanded
-            rows.entropy_N if entropy else rows.top_N,
-            rows.entropy_weight_N.contiguous() if entropy else rows.top_N,
+            entropy_N,
+            entropy_weight_N.contiguous(),
             1.0 / temperature,
-            ENTROPY=entropy,
+            ENTROPY=rows.entropy_weight_N is not None,
             TILE=_TILE,
             num_warps=_WARPS,
         )
