@@ -18,6 +18,8 @@ from typing import Any
 MODELS = {
     "start": "untrained start",
     "sft": "SFT",
+    "rlhf": "RLHF (PPO), reward model",
+    "online_dpo": "Online DPO, reward model",
     "grpo": "GRPO, verifiable reward",
     "grpo_reward_model": "GRPO, reward model",
     "dpo": "DPO",
@@ -53,7 +55,7 @@ def table(summaries: Sequence[dict[str, Any]], facts: dict[str, Any]) -> str:
     ]
     for key, name in MODELS.items():
         lines.append(_row(name, [100 * s["accuracy"][key]["accuracy"] for s in summaries]))
-    for key in ("grpo", "grpo_reward_model", "dpo"):
+    for key in ("rlhf", "online_dpo", "grpo", "grpo_reward_model", "dpo"):
         lines.append(_row(f"points above SFT: {MODELS[key]}", [s["points_above_sft"][key] for s in summaries]))
     lines.append(_row("held-out pairs the reward model ranks rightly", _reward_accuracy(summaries)))
     lines += [

@@ -15,7 +15,7 @@ from align_core.tutorial.road import TRAINED, Road
 from align_core.tutorial.walk import Outcome
 
 SCRIPT = "<script>alert('x')</script>"
-CORRECT = {"start": 0, "sft": 90, "grpo": 181, "grpo_reward_model": 150, "dpo": 60}
+CORRECT = {"start": 0, "sft": 90, "rlhf": 190, "online_dpo": 170, "grpo": 181, "grpo_reward_model": 150, "dpo": 60}
 STEPS = 20
 
 
@@ -38,6 +38,7 @@ def road(tmp_path: Path) -> Road:
         write_lines(tmp_path / "accuracy" / f"{name}.jsonl", rows)
     (tmp_path / "accuracy" / "accuracy.json").write_text(json.dumps(accuracy))
     metrics = {"sft": ["loss"], "reward": ["accuracy", "loss"], "dpo": ["margin", "accuracy"]}
+    metrics |= {name: ["eval_reward"] for name in ("rlhf", "online_dpo")}
     metrics |= {"grpo": ["reward", "eval_reward"], "grpo_reward_model": ["eval_reward"]}
     for stage, names in metrics.items():
         rows = [{"step": step, **dict.fromkeys(names, step / 16), "time": 0.0} for step in range(STEPS)]
@@ -72,7 +73,8 @@ def test_summary_repeats_the_numbers_of_the_files(road: Road) -> None:
     accuracy = json.loads((road.out / "accuracy" / "accuracy.json").read_text())
     assert summary["accuracy"] == accuracy
     assert list(summary["accuracy"]) == ["start", *TRAINED]
-    assert summary["points_above_sft"] == {"grpo": 45.5, "grpo_reward_model": 30.0, "dpo": -15.0}
+    points = {"rlhf": 50.0, "online_dpo": 40.0, "grpo": 45.5, "grpo_reward_model": 30.0, "dpo": -15.0}
+    assert summary["points_above_sft"] == points
     assert summary["reward_model_eval_accuracy"] == 0.875
     assert (summary["model"], summary["seed"], summary["command"]) == ("tiny", 5, "align tutorial")
     assert summary["seconds"] == 120.0
@@ -85,7 +87,9 @@ def test_summary_of_the_curves_by_hand(road: Road) -> None:
     write_report(road, OUTCOMES, "align tutorial")
     curves = json.loads((road.out / "summary.json").read_text())["curves"]
     assert [(c["stage"], c["metric"]) for c in curves] == [
-        *(("sft", "loss"), ("reward", "accuracy"), ("reward", "loss"), ("grpo", "reward")),
+        *(("sft", "loss"), ("reward", "accuracy"), ("reward", "loss")),
+        *((stage, "eval_reward") for stage in ("rlhf", "online_dpo")),
+        ("grpo", "reward"),
         *(("grpo", "eval_reward"), ("grpo_reward_model", "eval_reward"), ("dpo", "margin"), ("dpo", "accuracy")),
     ]
     for curve in curves:

@@ -7,12 +7,28 @@ from pathlib import Path
 import pytest
 
 from align_core import settings
-from align_core.config import DpoConfig, GrpoConfig, RewardConfig, SftConfig, StageConfig
+from align_core.config import (
+    DpoConfig,
+    GrpoConfig,
+    OnlineDpoConfig,
+    PolicyConfig,
+    RewardConfig,
+    RlhfConfig,
+    SftConfig,
+    StageConfig,
+)
 from align_core.tutorial.road import TRAINED, Road, steps_of
 from align_core.tutorial.walk import Step
 
 OUT = Path("runs/walk")
-STAGES: dict[str, type[StageConfig]] = {"sft": SftConfig, "reward": RewardConfig, "grpo": GrpoConfig, "dpo": DpoConfig}
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "rlhf": RlhfConfig,
+    "online-dpo": OnlineDpoConfig,
+    "grpo": GrpoConfig,
+    "dpo": DpoConfig,
+}
 
 
 def road(**changes: object) -> Road:
@@ -61,9 +77,11 @@ def test_stage_commands_parse_and_carry_the_roads_choices() -> None:
         config = stage_settings(steps[name])
         assert (config.out, config.seed, config.parallel.tensor) == (OUT / name, 5, 2)
         assert steps[name].done == config.out / "result.json"
-    reward_model = stage_settings(steps["grpo_reward_model"])
-    assert isinstance(reward_model, GrpoConfig)
-    assert (reward_model.reward, reward_model.reward_model) == ("model", OUT / "reward" / "model")
+    for name in ("rlhf", "online_dpo", "grpo_reward_model"):
+        policy = stage_settings(steps[name])
+        assert isinstance(policy, PolicyConfig)
+        assert (policy.reward, policy.reward_model) == ("model", OUT / "reward" / "model")
+        assert (policy.eval_reward, policy.eval_data) == ("math", OUT / "data" / "test.jsonl")
     reward = stage_settings(steps["reward"])
     assert isinstance(reward, RewardConfig)
     assert (reward.data, reward.eval_data) == (OUT / "data" / "ratings.jsonl", OUT / "data" / "test_preferences.jsonl")
@@ -77,7 +95,7 @@ def test_shortened_road_shortens_every_stage_and_its_warm_up(steps: int) -> None
         config = stage_settings(made[name])
         assert (config.steps, config.optimizer.warmup_steps) == (steps, steps // 10)
         assert config.training.dtype == "bfloat16"
-        if isinstance(config, GrpoConfig):
+        if isinstance(config, PolicyConfig):
             assert config.engine.dtype == "bfloat16"
 
 

@@ -54,6 +54,8 @@ _SHOWN: Sequence[tuple[str, str, str, str]] = (
     ("sft", "loss", "SFT: loss on demonstrations", "lower"),
     ("reward", "accuracy", "Reward model: pairs ranked rightly", "higher"),
     ("reward", "loss", "Reward model: loss", "lower"),
+    ("rlhf", "eval_reward", "RLHF (PPO): held-out, greedy", "higher"),
+    ("online_dpo", "eval_reward", "Online DPO: held-out, greedy", "higher"),
     ("grpo", "reward", "GRPO, verifiable reward: samples", "higher"),
     ("grpo", "eval_reward", "GRPO, verifiable reward: held-out, greedy", "higher"),
     ("grpo_reward_model", "eval_reward", "GRPO, reward model: held-out, greedy", "higher"),

@@ -15,7 +15,7 @@ from typing import Any
 from align_core.atomic import write_json, write_text
 from align_core.errors import missing_dependency
 from align_core.tutorial.curves import Curve, draw, read_curves
-from align_core.tutorial.road import TRAINED, Road
+from align_core.tutorial.road import Road
 from align_core.tutorial.walk import Outcome
 
 _SAMPLES = 12  # held-out questions whose answers are shown
@@ -26,6 +26,8 @@ _PACKAGES = (
 _NAMES = {
     "start": "start, before training",
     "sft": "SFT",
+    "rlhf": "RLHF (PPO), reward model",
+    "online_dpo": "Online DPO, reward model",
     "grpo": "GRPO, verifiable reward",
     "grpo_reward_model": "GRPO, reward model",
     "dpo": "DPO",
@@ -59,11 +61,11 @@ def summarise(road: Road, outcomes: Sequence[Outcome], command: str, curves: Seq
         "command": command,
         "accuracy": {
             name: {key: accuracy[name][key] for key in ("n", "correct", "accuracy", "low", "high")}
-            for name in ("start", *TRAINED)
+            for name in ("start", *road.trained)
         },
         "points_above_sft": {
             name: round(100 * (accuracy[name]["accuracy"] - accuracy["sft"]["accuracy"]), 2)
-            for name in TRAINED
+            for name in road.trained
             if name != "sft"
         },
         "reward_model_eval_accuracy": _result(road, "reward").get("eval_accuracy"),
@@ -103,7 +105,7 @@ def _samples(road: Road) -> list[dict[str, Any]]:
             json.loads(line)
             for line in (road.out / "accuracy" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:_SAMPLES]
         ]
-        for name in ("start", *TRAINED)
+        for name in ("start", *road.trained)
     }
     return [
         {

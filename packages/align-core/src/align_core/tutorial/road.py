@@ -46,13 +46,19 @@ class Road:
         return self.out / "hf" / "start"
 
     @property
+    def trained(self) -> tuple[str, ...]:
+        """Its stages whose result is a language model; SmolLM2's walk is long enough without PPO and online DPO."""
+        return TRAINED if self.recipe == "tiny" else tuple(name for name in TRAINED if name not in _TINY_ONLY)
+
+    @property
     def data(self) -> Path:
         """The directory of the data files."""
         return self.out / "data"
 
 
-TRAINED = ("sft", "grpo", "grpo_reward_model", "dpo")
+TRAINED = ("sft", "rlhf", "online_dpo", "grpo", "grpo_reward_model", "dpo")
 """Stages whose result is a language model, in the order of the report."""
+_TINY_ONLY = ("rlhf", "online_dpo")
 
 
 def steps_of(road: Road) -> list[Step]:
@@ -77,27 +83,7 @@ def steps_of(road: Road) -> list[Step]:
             data=road.reward_data,
             extra=("--eval_data", str(road.data / "test_preferences.jsonl")),
         ),
-        _stage(
-            road,
-            "grpo",
-            "grpo",
-            "GRPO, verifiable reward",
-            model=_model(road, "sft"),
-            data="prompts",
-            extra=("--eval_data", str(road.data / "test.jsonl")),
-        ),
-        _stage(
-            road,
-            "grpo_reward_model",
-            "grpo",
-            "GRPO, reward model",
-            model=_model(road, "sft"),
-            data="prompts",
-            extra=(
-                *("--eval_data", str(road.data / "test.jsonl"), "--loss.kl_coef", str(_REWARD_MODEL_KL)),
-                *("--reward", "model", "--reward_model", str(_model(road, "reward"))),
-            ),
-        ),
+        *(_policy(road, name) for name in road.trained if name in _POLICIES),
         _stage(road, "dpo", "dpo", "DPO", model=_model(road, "sft"), data="preferences"),
         *(
             Step(
@@ -106,7 +92,7 @@ def steps_of(road: Road) -> list[Step]:
                 argv=("align-convert", "to-hf", str(_model(road, name)), str(out / "hf" / name)),
                 done=out / "hf" / name / "config.json",
             )
-            for name in TRAINED
+            for name in road.trained
         ),
         Step(
             name="accuracy",
@@ -115,6 +101,26 @@ def steps_of(road: Road) -> list[Step]:
             done=out / "accuracy" / "accuracy.json",
         ),
     ]
+
+
+# Stage, its title, and what it is told besides; with the reward model, held-out answers are graded by the right sums.
+_POLICIES = {
+    "rlhf": ("rlhf", "RLHF (PPO), reward model", ("--steps", "30")),
+    "online_dpo": ("online-dpo", "Online DPO, reward model", ("--steps", "30")),
+    "grpo": ("grpo", "GRPO, verifiable reward", ()),
+    "grpo_reward_model": ("grpo", "GRPO, reward model", ("--loss.kl_coef", str(_REWARD_MODEL_KL))),
+}
+
+
+def _policy(road: Road, name: str) -> Step:
+    """A stage that samples; all but the one with the verifiable reward learn from the reward model."""
+    command, title, words = _POLICIES[name]
+    extra = ("--eval_data", str(road.data / "test.jsonl"), *(words if road.steps is None or command == "grpo" else ()))
+    if name != "grpo":
+        extra += ("--reward", "model", "--eval_reward", "math", "--reward_model", str(_model(road, "reward")))
+    if name == "rlhf":
+        extra += ("--value_parallel.tensor", str(road.tensor))
+    return _stage(road, name, command, title, model=_model(road, "sft"), data="prompts", extra=extra)
 
 
 def _model(road: Road, stage: str) -> Path:
@@ -128,15 +134,18 @@ def _stage(
     words = ["align", command, "--recipe", road.recipe, "--model", str(model)]
     words += ["--data", str(road.data / f"{data}.jsonl"), "--out", str(out), "--seed", str(road.seed)]
     words += ["--parallel.tensor", str(road.tensor), "--training.dtype", road.dtype]
-    if command == "grpo":
+    if name in _POLICIES:
         words += ["--engine.dtype", road.dtype, "--reward_model_parallel.tensor", str(road.tensor)]
     if road.steps is not None:
         words += ["--steps", str(road.steps), "--optimizer.warmup_steps", str(road.steps // 10)]
+        if command == "rlhf":
+            warmup = ["--value_optimizer.warmup_steps", "--value_warmup"]
+            words += [word for name in warmup for word in (name, str(road.steps // 10))]
     return Step(name=name, title=title, argv=(*words, *extra), done=out / "result.json")
 
 
 def _accuracy(road: Road) -> tuple[str, ...]:
-    models = [word for name in ("start", *TRAINED) for word in ("--model", str(road.out / "hf" / name))]
+    models = [word for name in ("start", *road.trained) for word in ("--model", str(road.out / "hf" / name))]
     limit = ["--limit", str(road.limit)] if road.limit is not None else []
     return (
         *("align-eval", "accuracy", *models, "--data", str(road.data / "test.jsonl")),
