@@ -54,6 +54,27 @@ def test_a_language_model_gets_a_head_of_zeros(llama: Callable[..., Path], tied:
     trainer.close()
 
 
+def test_a_reward_model_continues_from_what_it_saved(llama: Callable[..., Path], tmp_path: Path) -> None:
+    """The head has one row where a language model has its vocabulary."""
+    directory, saved = llama(**SCORE), tmp_path / "saved"
+    first = run_ranks(_save_rank, ParallelConfig(tensor=2), directory, saved)[0]
+    again = run_ranks(_load_rank, ParallelConfig(), directory, saved)[0]
+    np.testing.assert_allclose(again, first, atol=1e-5, rtol=0)
+
+
+def _save_rank(context: RankContext, directory: Path, saved: Path) -> list[float]:
+    trainer = MegatronTrainer(_config(directory, context.parallel), context)
+    trainer.step(_batch(), RewardLoss())
+    trainer.save(saved, {})
+    return [trainer.step(_batch(), RewardLoss())["loss"] for _ in range(2)]
+
+
+def _load_rank(context: RankContext, directory: Path, saved: Path) -> list[float]:
+    trainer = MegatronTrainer(_config(directory, context.parallel), context)
+    trainer.load(saved)
+    return [trainer.step(_batch(), RewardLoss())["loss"] for _ in range(2)]
+
+
 def test_heads_are_not_taken_for_each_other(llama: Callable[..., Path]) -> None:
     reward = llama(**SCORE)
     with pytest.raises(ConfigError, match="holds a reward model; load it with head 'score'"):

@@ -138,9 +138,9 @@ def _blocks(sharded: ShardedTensor | ShardedTensorFactory) -> list[Any]:
 
 
 def _real_shape(block: Any, vocab_size: int) -> tuple[int, ...]:
-    """Of the whole tensor; only vocabularies are allowed to differ in shape."""
+    """Of the whole tensor, without rows that pad a vocabulary; a score head has one row in its place."""
     shape = tuple(block.global_shape)
-    return (vocab_size, *shape[1:]) if block.allow_shape_mismatch else shape
+    return (min(vocab_size, shape[0]), *shape[1:]) if block.allow_shape_mismatch else shape
 
 
 def _is_written(block: Any) -> bool:

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
 from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency
+from align_core.stages.live import Screen, shown
 from align_core.stages.world import Model
-from align_core.trackers import RunInfo, Tracker, check_trackers, open_trackers
+from align_core.trackers import RunInfo, TakesTexts, Tracker, check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,7 @@ class Run:
         self._samples = self.out / "samples.jsonl"
         self._tracker_names = check_trackers(config.trackers)
         self._trackers: list[Tracker] = []
+        self._screen: Screen | None = None
         self._check_settings()
         self._id = self._check_data({name: found.fingerprint() for name, found in (data or {}).items()})
 
@@ -108,11 +108,11 @@ class Run:
         first = self._resume(model, beside, state)
         self._trackers = open_trackers(self._tracker_names, self._info(first))
         try:
-            with _progress() as progress:
-                task = progress.add_task(self.out.name, total=self.config.steps, completed=first)
+            self._screen = Screen(self.out.name, total=self.config.steps, completed=first)
+            with shown(self._screen):
                 for step in range(first, self.config.steps):
                     yield step
-                    progress.update(task, completed=step + 1)
+                    self._screen.advance(step + 1)
                     if (step + 1) % self.config.save_every == 0 and step + 1 < self.config.steps:
                         self._save(step + 1, model, beside, state)
         finally:
@@ -126,13 +126,20 @@ class Run:
             file.write(json.dumps({"step": step, **numbers, "time": time.time()}) + "\n")
         for tracker in self._trackers:
             tracker.log(step, numbers)
+        if self._screen is not None:
+            self._screen.update(numbers)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info("step %d/%d  %s", step + 1, self.config.steps, shown)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """Appends sample completions of a step to samples.jsonl."""
+        """Appends sample completions of a step to samples.jsonl, and shows them to trackers that take texts."""
         with self._samples.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        for tracker in self._trackers:
+            if isinstance(tracker, TakesTexts) and rows:
+                tracker.text(step, "samples", markdown_table(rows))
+        if self._screen is not None:
+            self._screen.show_sample(rows)
 
     def finish(self, model: Model, result: Mapping[str, object]) -> None:
         """Exports the model, then writes result.json, then drops the checkpoints that are no longer needed."""
@@ -222,6 +229,18 @@ class Run:
                 shutil.rmtree(folder / f"{name}_step_{older}", ignore_errors=True)
 
 
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows with the same keys as a Markdown table; nothing in a cell can end it or become markup."""
+
+    def cell(value: object) -> str:
+        text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
+        return "<br>".join(text.splitlines())
+
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([cell(row[name]) for name in names] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def read_metrics(out: Path) -> list[dict[str, float]]:
     """The lines of OUT/metrics.jsonl; a last line cut off by a crash is left out."""
     return read_lines(out / "metrics.jsonl")
@@ -279,16 +298,3 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> I
 def _checkpoints(out: Path) -> list[int]:
     names = (entry.name for entry in (out / "checkpoints").glob("step_*"))
     return [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit()]
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

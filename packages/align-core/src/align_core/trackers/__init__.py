@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from align_core import registry
 from align_core.errors import missing_dependency
@@ -42,6 +42,15 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Hands over what is still buffered; called once."""
+        ...
+
+
+@runtime_checkable
+class TakesTexts(Protocol):
+    """A tracker that shows texts too."""
+
+    def text(self, step: int, name: str, markdown: str) -> None:
+        """One step's text called `name`."""
         ...
 
 
