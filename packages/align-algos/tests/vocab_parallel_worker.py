@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from align_algos import InputError, fused_cross_entropy, fused_logprobs, token_entropy, token_logprobs
+from align_algos import InputError, fused_cross_entropy, fused_logprobs, token_entropy, token_kl, token_logprobs
 
 RANKS = 2
 COLUMNS = 6  # on each rank
@@ -17,6 +17,7 @@ def compare(rank: int, vocab_size: int | None, temperature: float, dtype: torch.
     random = torch.Generator().manual_seed(0)
     whole = (20 * torch.randn(7, RANKS * COLUMNS, generator=random)).to(dtype).requires_grad_()
     targets = torch.randint(0, vocab_size or RANKS * COLUMNS, (7,), generator=random)
+    other = whole.detach() + whole.detach().flip(1) / 20
     weights = torch.randn(7, generator=random)
     columns = slice(rank * COLUMNS, (rank + 1) * COLUMNS)
     own = whole.detach()[:, columns].clone().requires_grad_()
@@ -25,6 +26,7 @@ def compare(rank: int, vocab_size: int | None, temperature: float, dtype: torch.
     for expected, result in (
         (token_logprobs(whole, targets, **shared), token_logprobs(own, targets, tp_group=group, **shared)),
         (token_entropy(whole, **shared), token_entropy(own, tp_group=group, **shared)),
+        (token_kl(whole, other, **shared), token_kl(own, other[:, columns], tp_group=group, **shared)),
     ):
         assert_close(result, expected, rtol=1e-6, atol=1e-6)
         (expected_gradient,) = torch.autograd.grad(expected @ weights.to(expected.dtype), whole)

@@ -92,6 +92,7 @@ from align_algos.shaping import (
     overlong_penalty,
     shaped_rewards,
 )
+from align_algos.vocab_kl import token_kl
 
 __all__ = [
     "AdaptiveKl",
@@ -165,6 +166,7 @@ __all__ = [
     "simpo_loss",
     "sum_outputs",
     "token_entropy",
+    "token_kl",
     "token_logprobs",
     "token_mean",
     "truncated_importance",

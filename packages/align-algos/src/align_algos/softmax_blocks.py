@@ -87,7 +87,7 @@ def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, 
 
         softmax_triton.take_block(_rows_contiguous(logits_NC), columns_N, statistics, temperature=temperature)
         return
-    for rows in _row_chunks(logits_NC):
+    for rows in row_chunks(logits_NC):
         part = Statistics(*(None if column is None else column[rows] for column in statistics))  # type: ignore[arg-type]
         _take_rows(logits_NC[rows], columns_N[rows], part, temperature=temperature)
 
@@ -128,7 +128,7 @@ def to_gradient(
         contiguous_NC = _rows_contiguous(logits_NC)
         softmax_triton.to_gradient(contiguous_NC, columns_N, rows, temperature=temperature, out_NC=out_NC)
         return
-    for chunk in _row_chunks(logits_NC):
+    for chunk in row_chunks(logits_NC):
         part = RowGradient(*(None if column is None else column[chunk] for column in rows))  # type: ignore[arg-type]
         out_NC[chunk] = _gradient_of_rows(logits_NC[chunk], columns_N[chunk], part, temperature=temperature)
 
@@ -179,7 +179,8 @@ def _rebase_moment(moment_N: Tensor, mass_N: Tensor, top_N: Tensor, new_top_N: T
     moment_N *= shift_N.exp()
 
 
-def _row_chunks(logits_NC: Tensor) -> list[slice]:
+def row_chunks(logits_NC: Tensor) -> list[slice]:
+    """Rows whose float32 copy is CHUNK_ELEMENTS at most."""
     step = max(1, CHUNK_ELEMENTS // logits_NC.shape[1])
     return [slice(start, start + step) for start in range(0, len(logits_NC), step)]
 

@@ -1,0 +1,140 @@
+"""Losses piece by piece from hidden states equal the same losses on all log-probs at once."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from align_algos import (
+    FusedOutput,
+    InputError,
+    LossOutput,
+    dpo_loss,
+    entropy_loss,
+    fused_logprobs,
+    fused_loss,
+    grpo_loss,
+    sft_loss,
+    sum_outputs,
+)
+
+OFFSETS = torch.tensor([0, 3, 3, 5, 9, 10, 12])  # six sequences, one without tokens; three pairs
+TOKENS, HIDDEN, VOCABULARY = 12, 5, 20
+NUMBERS = {"num_tokens": 20, "clip_low": 0.2, "clip_high": 0.2}  # 20: this is a micro-batch of a larger batch
+
+
+class Model:
+    def __init__(self) -> None:
+        random = torch.Generator().manual_seed(0)
+        shapes = ((TOKENS, HIDDEN), (VOCABULARY, HIDDEN))
+        self.hidden, self.weight = (
+            torch.randn(s, generator=random, dtype=torch.float64).requires_grad_() for s in shapes
+        )
+        self.targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=random)
+        self.mask = torch.rand(TOKENS, generator=random) < 0.7
+        self.advantages = torch.randn(TOKENS, generator=random, dtype=torch.float64)
+        noise = 0.3 * torch.randn(2, TOKENS, generator=random, dtype=torch.float64)
+        self.old, self.reference = fused_logprobs(self.hidden, self.weight, self.targets).logprobs_N.detach() + noise
+
+    def grpo(self, output: FusedOutput, rows: slice) -> LossOutput:
+        columns = (self.old[rows], self.advantages[rows], self.mask[rows])
+        extra = {"reference_logprobs_N": self.reference[rows], "kl_coef": 0.1}
+        loss, metrics = grpo_loss(output.logprobs_N, *columns, **NUMBERS, **extra)
+        assert output.entropy_N is not None
+        bonus = entropy_loss(output.entropy_N, self.mask[rows], num_tokens=20, coef=0.01)
+        return LossOutput(loss + bonus.loss, {**metrics, "whole_entropy": bonus.metrics["entropy"]})
+
+    def dpo(self, output: FusedOutput, rows: slice) -> LossOutput:
+        inside = OFFSETS[(rows.start <= OFFSETS) & (rows.stop >= OFFSETS)] - rows.start
+        return dpo_loss(output.logprobs_N, self.reference[rows], self.mask[rows], inside, beta=0.3, num_pairs=3)
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.autograd.grad(loss, (self.hidden, self.weight))
+
+
+def rows_of(count: int) -> int:
+    return count * VOCABULARY * 8
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 100])
+def test_a_token_loss_with_entropy_equals_that_of_all_tokens(rows: int) -> None:
+    model = Model()
+    output = fused_loss(
+        model.hidden, model.weight, model.targets, model.grpo, entropy=True, block_bytes=rows_of(rows), temperature=0.9
+    )
+    whole = fused_logprobs(model.hidden, model.weight, model.targets, entropy=True, temperature=0.9)
+    expected = model.grpo(whole, slice(0, TOKENS))
+    assert_close(output.loss, expected.loss)
+    assert_close(output.metrics, expected.metrics)
+    assert_close(output.logprobs_N, whole.logprobs_N.detach())
+    for found, truth in zip(model.gradients(2.0 * output.loss), model.gradients(2.0 * expected.loss)):
+        assert_close(found, truth)
+
+
+def test_a_loss_over_pairs_is_cut_only_between_pairs() -> None:
+    """Blocks of 4 rows, pairs of 3, 6 and 3 rows: three calls, whole pairs each; the long one exceeds the block."""
+    model, seen = Model(), []
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        seen.append((rows.start, rows.stop))
+        offsets = {0: [0, 3, 3], 3: [0, 2, 6], 9: [0, 1, 3]}[rows.start]
+        columns = (model.reference[rows], model.mask[rows], torch.tensor(offsets))
+        return dpo_loss(output.logprobs_N, *columns, beta=0.3, num_pairs=3)
+
+    output = fused_loss(model.hidden, model.weight, model.targets, piece, cuts=OFFSETS[::2], block_bytes=rows_of(4))
+    assert seen == [(0, 3), (3, 9), (9, 12)]
+    whole = fused_logprobs(model.hidden, model.weight, model.targets)
+    expected = dpo_loss(whole.logprobs_N, model.reference, model.mask, OFFSETS, beta=0.3, num_pairs=3)
+    assert_close(output.loss, expected.loss)
+    assert_close(output.metrics, expected.metrics)
+    for found, truth in zip(model.gradients(output.loss), model.gradients(expected.loss)):
+        assert_close(found, truth)
+
+
+def test_short_pieces_share_a_block() -> None:
+    """Blocks of 8 rows over cuts at 0, 3, 3, 5, 9, 10, 12: rows 0 to 5, then 5 to 12."""
+    model, seen = Model(), []
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        seen.append((rows.start, rows.stop))
+        return sft_loss(output.logprobs_N, model.mask[rows], num_tokens=20)
+
+    fused_loss(model.hidden, model.weight, model.targets, piece, cuts=OFFSETS, block_bytes=rows_of(8))
+    assert seen == [(0, 5), (5, 12)]
+
+
+def test_without_gradient_nothing_is_kept_and_the_value_is_the_same() -> None:
+    model = Model()
+    with torch.no_grad():
+        output = fused_loss(model.hidden, model.weight, model.targets, model.grpo, entropy=True)
+    assert not output.loss.requires_grad
+    assert_close(
+        output.loss, fused_loss(model.hidden, model.weight, model.targets, model.grpo, entropy=True).loss.detach()
+    )
+
+
+def test_a_loss_that_ignores_its_rows_gives_zero_gradient() -> None:
+    """All masked: as of an empty mask anywhere else, 0 and no gradient; also without any token."""
+    model = Model()
+    nothing = torch.zeros_like(model.mask)
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        return sft_loss(output.logprobs_N, nothing[rows], num_tokens=20)
+
+    output = fused_loss(model.hidden, model.weight, model.targets, piece)
+    assert output.loss == 0.0 and not any(x.any() for x in model.gradients(output.loss))
+    empty = fused_loss(model.hidden[:0], model.weight, model.targets[:0], piece)
+    assert empty.loss == 0.0 and empty.metrics["nll"] == 0.0
+    (gradient,) = torch.autograd.grad(empty.loss, model.weight)
+    assert not gradient.any()
+
+
+def test_cuts_that_do_not_fit_are_refused() -> None:
+    model = Model()
+    with pytest.raises(InputError, match="offsets go from 0 to 10; expected 0 to 12"):
+        fused_loss(model.hidden, model.weight, model.targets, model.grpo, cuts=torch.tensor([0, 10]), entropy=True)
+
+
+def test_sum_of_outputs_adds_key_by_key() -> None:
+    parts = [LossOutput(torch.tensor(x), {"a": torch.tensor(2 * x)}) for x in (1.0, 2.0)]
+    assert_close(sum_outputs(parts), LossOutput(torch.tensor(3.0), {"a": torch.tensor(6.0)}))
