@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="the tiny model, few steps")
     parser.add_argument("--commit", help="what to name as the commit (default: asks git)")
+    parser.add_argument("--keep", action="store_true", help="keep models and data in OUT/work")
     parser.add_argument("--seconds", type=float, default=200.0, help="most time for all")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,8 @@ def main() -> int:
     train_sft(runs, work, common, quick=options.quick)
     for lr in ("2e-5", "5e-5"):
         train_reward(runs, work, common, lr=lr, quick=options.quick)
+    if not options.keep:
+        shutil.rmtree(work)  # gigabytes of models, which nobody looks at
     return int(any("error" in run for run in runs.runs))
 
 

@@ -33,6 +33,12 @@ class Tokenizer:
         self.vocab_size: int = len(backend)
         self.has_chat_template: bool = bool(getattr(backend, "chat_template", None))
 
+    @property
+    def padding_id(self) -> int | None:
+        """A token that may stand behind a sequence's end without being taken for it; None if there is none."""
+        candidates = (self._backend.pad_token_id, self._backend.unk_token_id, self._backend.bos_token_id)
+        return next((int(token) for token in candidates if token is not None and token != self.eos_id), None)
+
     def same_vocabulary(self, other: "Tokenizer") -> bool:
         """Whether a token id means the same to both."""
         return bool(self._backend.get_vocab() == other._backend.get_vocab())
