@@ -2,15 +2,20 @@
 
 import json
 import os
+import random
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytest.importorskip("megatron.core")
+pytest.importorskip("ray")
 
 from align_core.tutorial.additions import write_additions
 from align_core.tutorial.tiny import make_tiny_model
@@ -56,3 +61,55 @@ def test_sft_killed_in_the_middle_continues_to_the_same_numbers(tmp_path: Path) 
     assert "continuing" in again.stderr
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     assert len(metrics(tmp_path / "whole")) == STEPS
+
+
+def over_ray(tmp_path: Path, name: str) -> list[str]:
+    """The same run over two tensor-parallel ranks, in processes of their own."""
+    words = command(tmp_path, name)
+    place = words.index("--cluster.in_process")
+    return [*words[:place], *words[place + 2 :], "--parallel.tensor", "2"]
+
+
+def kill_a_rank(process: subprocess.Popen[str], metrics_file: Path, *, after: int, which: int) -> None:
+    """SIGKILL to one of the ranks when so many steps have been logged."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not metrics_file.exists() or metrics_file.read_bytes().count(b"\n") < after:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.005)
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks = sorted(child.pid for child in below if child.name().startswith("ray::Host"))
+    assert len(ranks) == 2, [child.name() for child in below]
+    os.kill(ranks[which], signal.SIGKILL)
+
+
+def test_rank_killed_at_any_step_is_continued_by_the_command_that_is_printed(tmp_path: Path) -> None:
+    """With the same layout bit for bit; on one rank in the driver's process, the same up to rounding."""
+    make_tiny_model(tmp_path / "hf", seed=0)
+    write_additions(tmp_path / "data", seed=0)
+    subprocess.run(over_ray(tmp_path, "whole"), check=True, capture_output=True, timeout=DEADLINE_S)
+    after, which = random.SystemRandom().randint(3, STEPS - 2), random.SystemRandom().randint(0, 1)
+    print(f"rank {which} is killed after {after} steps")  # for whoever reads a failure
+
+    words = over_ray(tmp_path, "killed")
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        kill_a_rank(process, tmp_path / "killed" / "metrics.jsonl", after=after, which=which)
+        _, shown = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2, shown
+    assert "trainer" in shown and "Traceback" not in shown
+    assert not (tmp_path / "killed" / "result.json").exists()
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+
+    printed = shlex.split(shown.split("to continue from the last checkpoint, run: ")[1])
+    assert printed[0] == "align"
+    again = subprocess.run(
+        [*words[:3], *printed[1:]], check=True, capture_output=True, text=True, timeout=DEADLINE_S
+    )  # fmt: skip
+    assert "continuing" in again.stderr
+    whole = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == whole
+    assert len(whole) == STEPS
+
+    subprocess.run(command(tmp_path, "alone"), check=True, capture_output=True, timeout=DEADLINE_S)
+    assert [row["loss"] for row in metrics(tmp_path / "alone")] == pytest.approx(
+        [row["loss"] for row in whole], abs=1e-4
+    )
