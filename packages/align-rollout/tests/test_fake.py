@@ -7,7 +7,14 @@ import pytest
 from numpy.typing import NDArray
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.conformance import check_engine, check_weight_sink, check_weight_source
+from align_core.conformance import (
+    check_async,
+    check_change_on_the_way,
+    check_engine,
+    check_sleep,
+    check_weight_sink,
+    check_weight_source,
+)
 from align_core.errors import CheckpointError, SyncError
 from align_core.types import ITEM_BYTES, ParamMeta, Prompt, WeightTensor, checksum
 from align_rollout.fake import ArrayWeights, FakeEngine, save_bigram
@@ -41,6 +48,23 @@ def test_fake_sink_conforms() -> None:
     engine = FakeEngine(weights=_weights(0), context=64)
     first, second = ArrayWeights(_weights(1)), ArrayWeights(_weights(2))
     check_weight_sink(engine, first=first, second=second, vocab_size=_VOCAB)
+
+
+def test_fake_engine_samples_in_the_background() -> None:
+    engine = FakeEngine(weights=_weights(0), eos_ids=[_EOS], context=64)
+    check_async(engine, vocab_size=_VOCAB, context=64, eos_ids=[_EOS])
+    engine.close()
+
+
+def test_fake_engine_continues_paused_requests_with_new_weights() -> None:
+    engine = FakeEngine(weights=_weights(0), context=4096)
+    first, second = ArrayWeights(_weights(1)), ArrayWeights(_weights(2))
+    check_change_on_the_way(engine, first=first, second=second, vocab_size=_VOCAB, context=4096)
+    engine.close()
+
+
+def test_fake_engine_sleeps() -> None:
+    check_sleep(FakeEngine(weights=_weights(0), context=64), ArrayWeights(_weights(1)), vocab_size=_VOCAB)
 
 
 def test_array_weights_conform() -> None:

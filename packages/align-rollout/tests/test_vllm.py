@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.conformance import check_generation, check_weight_sink
+from align_core.conformance import (
+    check_async,
+    check_change_on_the_way,
+    check_generation,
+    check_sleep,
+    check_weight_sink,
+)
 from align_core.contracts import WeightSource
 from align_core.errors import ConfigError, DataError, SyncError
 from align_core.types import Completion, ParamMeta, Prompt, WeightTensor, checksum
@@ -125,6 +131,79 @@ def _frozen(pair: _Pair, seed: int) -> WeightSource:
             return iter(weights)
 
     return Frozen()
+
+
+def test_samples_in_the_background(pair: _Pair) -> None:
+    check_async(pair.engine, vocab_size=pair.twin.vocab_size, context=256, eos_ids=[pair.twin.eos_id])
+
+
+def test_sleeps(pair: _Pair) -> None:
+    """On CPU nothing is freed; what it refuses and when is the same as on a GPU."""
+    version = next(pair.versions) + 100
+    pair.versions = itertools.count(version + 10)
+    check_sleep(pair.engine, _frozen(pair, 21), vocab_size=128, version=version)
+
+
+def test_requests_under_way_continue_with_new_weights(pair: _Pair) -> None:
+    """Their keys and values are computed again: what they say from then on is the new weights' answer to all before."""
+    version = next(pair.versions) + 100
+    pair.versions = itertools.count(version + 30)
+    first, second = (_without_end(_frozen(pair, seed), pair) for seed in (31, 32))
+    check_change_on_the_way(
+        pair.engine, first=first, second=second, vocab_size=128, context=256, version=version, tolerance=1e-4
+    )
+
+
+def _without_end(source: WeightSource, pair: _Pair) -> WeightSource:
+    """The same weights, but no completion ends before its limit: the end-of-sequence token has the logit of zeros."""
+    weights = []
+    head = "model.embed_tokens.weight" if pair.twin.tied else "lm_head.weight"
+    for weight in source.iterate():
+        data = np.array(weight.bytes())
+        if weight.meta.name == head:
+            data.view(np.float32).reshape(weight.meta.shape)[pair.twin.eos_id] = 0
+        weights.append(dataclasses.replace(weight, data=data, checksum=checksum(data, item_bytes=4)))
+
+    class Endless:
+        def metadata(self) -> list[ParamMeta]:
+            return [weight.meta for weight in weights]
+
+        def iterate(self) -> Iterator[WeightTensor]:
+            return iter(weights)
+
+    return Endless()
+
+
+@pytest.mark.parametrize(("policy", "reason"), [("drain", "length"), ("abort", "abort"), ("continue", "length")])
+def test_policy_for_requests_under_way(pair: _Pair, policy: str, reason: str) -> None:
+    """What new weights do to a request that is not paused."""
+    pair.twin.randomise(41)
+    pair.send()
+    endless = _without_end(_frozen(pair, 41), pair)
+    engine = pair.engine
+    engine._sink._hold = lambda: engine._stream.hold(policy)  # type: ignore[attr-defined,arg-type]
+    for source in (endless, _without_end(_frozen(pair, 42), pair)):
+        sink = engine.weight_sink()
+        sink.begin(source.metadata(), next(pair.versions))
+        sink.load(list(source.iterate()))
+        sink.commit()
+        if source is endless:
+            old = engine._sink.version  # type: ignore[attr-defined]
+            engine.submit(
+                [
+                    Prompt(id=0, tokens=np.array([5, 6], np.int32)),
+                    Prompt(id=1, tokens=np.array([7], np.int32), max_tokens=1),
+                ],
+                SamplingConfig(max_tokens=250, temperature=0),
+            )
+            found = engine.poll(60)
+    while len(found) < 2:
+        found += engine.poll(60)
+    (long,) = [completion for completion in found if completion.prompt_id == 0]
+    assert long.finish_reason == reason
+    assert long.version == old
+    assert len(long.tokens) == 250 or policy == "abort"
+    assert (long.versions is not None) == (policy == "continue")
 
 
 def test_bfloat16_weights_are_converted_to_the_engines_dtype(pair: _Pair) -> None:

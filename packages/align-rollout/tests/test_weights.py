@@ -32,7 +32,8 @@ class _Llm:
         if method == "align_commit" and self.commit_fails:
             raise RuntimeError("out of memory")
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
+        assert reset_running_requests
         self.calls.append("reset_prefix_cache")
         return self.cache_resets
 

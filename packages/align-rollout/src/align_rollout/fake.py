@@ -5,18 +5,20 @@ works with it works with vLLM; and since the model is real, a fake trainer on th
 Shape letters: V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, WeightSink, WeightSource
+from align_core.config import EngineConfig, InFlight, SamplingConfig
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink, WeightSource
 from align_core.errors import CheckpointError, SyncError
 from align_core.types import Completion, ParamMeta, Prompt, WeightChunk, WeightTensor, checksum
 from align_rollout.checkpoint import read_config, read_eos_ids
-from align_rollout.sampling import check_prompts, completion_seed
+from align_rollout.sampling import check_prompts
+from align_rollout.stream import Delta, Request, Stream, no_decoder
 from align_rollout.update import PendingUpdate, check_version
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -24,12 +26,29 @@ _FILE = "bigram.npz"
 
 
 class FakeEngine:
-    """A `RolloutEngine` on a bigram model."""
+    """A `RolloutEngine` on a bigram model, which also samples in the background and sleeps."""
 
-    def __init__(self, *, weights: Weights, eos_ids: Collection[int] = (), context: int = 2048) -> None:
-        """An engine on `weights`, float32 `bigram.weight` [V, V] and `bias` [V]; they are version 0."""
-        self._sink = _FakeSink(weights)
-        self._eos_ids = frozenset(eos_ids)
+    def __init__(
+        self,
+        *,
+        weights: Weights,
+        eos_ids: Collection[int] = (),
+        context: int = 2048,
+        in_flight: InFlight = "drain",
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        """An engine on `weights`, float32 `bigram.weight` [V, V] and `bias` [V]; they are version 0.
+
+        Args:
+            decode: from token ids to text, for stop texts.
+        """
+        self._stream = Stream(
+            _BigramStepper(lambda: self._sink.weights, frozenset(eos_ids)),
+            check=self._check,
+            version=lambda: self._sink.version,
+            decode=(lambda: decode) if decode else no_decoder,
+        )
+        self._sink = _FakeSink(weights, hold=partial(self._stream.hold, in_flight), release=self._stream.release)
         self._context = context
         self._closed = False
 
@@ -42,16 +61,45 @@ class FakeEngine:
             raise CheckpointError(f"{str(model)!r} has no {_FILE}, which the fake engine needs")
         with np.load(file, allow_pickle=False) as arrays:
             weights = {name: np.asarray(arrays[name], dtype=np.float32) for name in arrays.files}
-        return cls(weights=weights, eos_ids=read_eos_ids(model, description), context=config.context)
+        return cls(
+            weights=weights,
+            eos_ids=read_eos_ids(model, description),
+            context=config.context,
+            in_flight=config.in_flight,
+        )
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         """Samples as `RolloutEngine.generate` says."""
-        if self._closed:
-            raise SyncError("the engine cannot be used: it is closed; start another")
-        weights = self._sink.weights
-        logits_VV = weights["bigram.weight"] + weights["bias"]
-        check_prompts(prompts, sampling, context=self._context, vocab_size=len(logits_VV))
-        return [self._sample(logits_VV, prompt, sample, sampling) for prompt in prompts for sample in range(sampling.n)]
+        return self._stream.generate(prompts, sampling)
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.submit(prompts, sampling)
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        return self._stream.poll(timeout_s)
+
+    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.abort(prompt_ids)
+
+    def pause(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.pause()
+
+    def resume(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.resume()
+
+    def sleep(self, *, keep_weights: bool = True) -> None:
+        """See `align_core.contracts.SupportsSleep`."""
+        self._stream.abort()
+        self._sink.asleep, self._sink.lost = True, self._sink.lost or not keep_weights
+
+    def wake(self) -> None:
+        """See `align_core.contracts.SupportsSleep`."""
+        self._sink.asleep = False
 
     def weight_sink(self) -> WeightSink:
         """The one sink of this engine."""
@@ -60,32 +108,68 @@ class FakeEngine:
     def close(self) -> None:
         """Refuses to generate from now on."""
         self._closed = True
+        self._stream.close()
 
-    def _sample(
-        self, logits_VV: NDArray[np.float32], prompt: Prompt, sample: int, sampling: SamplingConfig
-    ) -> Completion:
-        generator = np.random.default_rng(completion_seed(seed=sampling.seed, prompt_id=prompt.id, sample=sample))
-        tokens: list[int] = []
-        logprobs: list[float] = []
-        last = int(prompt.tokens[-1])
-        while len(tokens) < sampling.max_tokens and last not in (self._eos_ids if tokens else ()):
-            logits_V = logits_VV[last].astype(np.float64)
-            last = _draw(logits_V, sampling, generator)
-            tokens.append(last)
-            logprobs.append(float(_log_softmax(logits_V)[last]))
-        return Completion(
-            prompt_id=prompt.id,
-            sample=sample,
-            tokens=np.asarray(tokens, dtype=np.int32),
-            logprobs=np.asarray(logprobs, dtype=np.float32),
-            finish_reason="stop" if last in self._eos_ids else "length",
-            version=self._sink.version,
+    def _check(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        if self._closed:
+            raise SyncError("the engine cannot be used: it is closed; start another")
+        if self._sink.asleep:
+            raise SyncError("the engine is asleep; call wake() before it generates")
+        if self._sink.lost:
+            raise SyncError("the engine slept without keeping its weights and has got no new ones; send them first")
+        check_prompts(prompts, sampling, context=self._context, vocab_size=len(self._sink.weights["bias"]))
+
+
+class _BigramStepper:
+    """One token a request a step."""
+
+    def __init__(self, weights: Callable[[], Weights], eos_ids: Collection[int]) -> None:
+        self._weights = weights
+        self._eos_ids = eos_ids
+        self._running: dict[str, _Sampler] = {}
+
+    def add(self, request: Request) -> None:
+        self._running[request.key] = _Sampler(request, eos_ids={*self._eos_ids, *request.sampling.stop_tokens})
+
+    def step(self) -> list[Delta]:
+        weights = self._weights()
+        logits_VV = weights["bigram.weight"] + weights["bias"]
+        deltas = [sampler.step(logits_VV) for sampler in self._running.values()]
+        self.abort([delta.key for delta in deltas if delta.finish_reason])
+        return deltas
+
+    def abort(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._running.pop(key, None)
+
+
+class _Sampler:
+    """One request."""
+
+    def __init__(self, request: Request, *, eos_ids: Collection[int]) -> None:
+        self._request, self._eos_ids = request, eos_ids
+        self._generator = np.random.default_rng(request.seed)
+        self._last, self._length = int(request.prompt.tokens[-1]), 0
+
+    def step(self, logits_VV: NDArray[np.float32]) -> Delta:
+        logits_V = logits_VV[self._last].astype(np.float64)
+        self._last = _draw(logits_V, self._request.sampling, self._generator)
+        self._length += 1
+        ended = self._last in self._eos_ids
+        full = self._length == self._request.max_tokens
+        return Delta(
+            key=self._request.key,
+            tokens=[self._last],
+            logprobs=[float(_log_softmax(logits_V)[self._last])],
+            finish_reason="stop" if ended else "length" if full else None,
         )
 
 
 class _FakeSink:
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, hold: Callable[[], None], release: Callable[[], None]) -> None:
         self.version = 0
+        self.asleep = self.lost = False
+        self._hold, self._release = hold, release
         self.weights: dict[str, NDArray[np.float32]] = {name: np.array(array) for name, array in weights.items()}
         self._pending: PendingUpdate | None = None
         self._staged: dict[str, NDArray[np.float32]] = {}
@@ -105,8 +189,10 @@ class _FakeSink:
     def commit(self) -> None:
         pending = self._announced()
         pending.check_complete()
+        self._hold()
         self.weights, self.version = self._staged, pending.version
-        self._pending, self._staged = None, {}
+        self._pending, self._staged, self.lost = None, {}, False
+        self._release()
 
     def _announced(self) -> PendingUpdate:
         if self._pending is None:
@@ -166,5 +252,7 @@ def _as_float32(weight: WeightTensor) -> NDArray[np.float32]:
 
 
 _conforms: type[RolloutEngine] = FakeEngine
+_streams: type[SupportsAsyncGenerate] = FakeEngine
+_sleeps: type[SupportsSleep] = FakeEngine
 _sink_conforms: type[WeightSink] = _FakeSink
 _source_conforms: type[WeightSource] = ArrayWeights

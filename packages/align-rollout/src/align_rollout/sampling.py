@@ -32,10 +32,13 @@ def check_prompts(prompts: Sequence[Prompt], sampling: SamplingConfig, *, contex
         seen.add(prompt.id)
         if length == 0:
             raise DataError(f"prompt {prompt.id} is empty; a prompt has at least one token")
-        if length + sampling.max_tokens > context:
+        new = sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens
+        if new < 1:
+            raise DataError(f"prompt {prompt.id} allows {new} new tokens; a completion has at least one")
+        if length + new > context:
             raise DataError(
-                f"prompt {prompt.id} has {length} tokens, which leaves no room for {sampling.max_tokens} new ones in a "
-                f"context of {context}; shorten it to {max(0, context - sampling.max_tokens)}, lower "
+                f"prompt {prompt.id} has {length} tokens, which leaves no room for {new} new ones in a "
+                f"context of {context}; shorten it to {max(0, context - new)}, lower "
                 "sampling.max_tokens or raise engine.context"
             )
         low, high = int(prompt.tokens.min()), int(prompt.tokens.max())

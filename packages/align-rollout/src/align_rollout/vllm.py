@@ -6,21 +6,22 @@ Text is none of its business: no tokenizer is loaded.
 
 import gc
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsSleep, WeightSink
-from align_core.errors import ConfigError, WorkerError
-from align_core.types import ITEM_BYTES, Completion, FinishReason, ParamMeta, Prompt
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink
+from align_core.errors import ConfigError
+from align_core.text import load_tokenizer
+from align_core.types import ITEM_BYTES, Completion, ParamMeta, Prompt
 from align_rollout import environment
 from align_rollout.checkpoint import ModelFacts, read_model
-from align_rollout.sampling import check_prompts, completion_seed
+from align_rollout.sampling import check_prompts
+from align_rollout.stream import Stream
+from align_rollout.vllm_stepper import VllmStepper
 from align_rollout.weights import VllmWeightSink
 
-_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 _CPU_PASS_TOKENS = 8192  # most tokens of one forward pass on CPU, where whole prompts must fit
 _CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many tokens on CPU
 
@@ -37,12 +38,20 @@ class VllmEngine:
         self._facts = facts
         self._config = config
         self._owns_process_group = owns_process_group
+        self._stream = Stream(
+            VllmStepper(llm, eos_ids=facts.eos_ids),
+            check=self._check,
+            version=lambda: self._sink.version,
+            decode=lambda: load_tokenizer(facts.path).decode,
+        )
         self._sink = VllmWeightSink(
             llm=llm,
             expected=_model_params(facts.path),
             loaded=facts.has_weights,
             in_process=config.tensor == 1,
             frees_memory=on_gpu,
+            hold=partial(self._stream.hold, config.in_flight),
+            release=self._stream.release,
         )
 
     @classmethod
@@ -101,22 +110,31 @@ class VllmEngine:
         A completion depends on (sampling.seed, prompt id, sample) and the tokens, not on its neighbours in the batch,
         up to the rounding of kernels that sum in another order for another batch size.
         """
+        return self._stream.generate(prompts, sampling)
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.submit(prompts, sampling)
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        return self._stream.poll(timeout_s)
+
+    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.abort(prompt_ids)
+
+    def pause(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.pause()
+
+    def resume(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.resume()
+
+    def _check(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         self._sink.check_answerable()
         check_prompts(prompts, sampling, context=self._config.context, vocab_size=self._facts.vocab_size)
-        if not prompts:
-            return []
-        # Separate requests, not vLLM's n: each sample has a seed of its own, and prefix caching shares the prompt.
-        wanted = [(prompt, sample) for prompt in prompts for sample in range(sampling.n)]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt.tokens.tolist()} for prompt, _ in wanted],
-            [_sampling_params(prompt.id, sample, sampling, self._facts.eos_ids) for prompt, sample in wanted],
-            use_tqdm=False,
-        )
-        version = self._sink.version
-        return [
-            _completion(prompt.id, sample, output.outputs[0], version)
-            for (prompt, sample), output in zip(wanted, outputs, strict=True)
-        ]
 
     def weight_sink(self) -> WeightSink:
         """The one sink of this engine."""
@@ -133,6 +151,7 @@ class VllmEngine:
             raise ConfigError("the engine was started with engine.sleep false and cannot give its memory back")
         if self._sink.asleep:
             return
+        self._stream.abort()
         self._sink.fall_asleep(keep_weights=keep_weights)
         self._llm.reset_prefix_cache()
         if self._on_gpu:
@@ -149,6 +168,7 @@ class VllmEngine:
         if self._llm is None:
             return
         llm, self._llm = self._llm, None
+        self._stream.close()
         self._sink.close()
         llm.llm_engine.engine_core.shutdown()
         del llm
@@ -205,36 +225,6 @@ def _model_params(model: Path) -> list[ParamMeta]:
     return [ParamMeta(name=name, shape=tuple(param.shape), dtype="float32") for name, param in blank.named_parameters()]
 
 
-def _sampling_params(prompt_id: int, sample: int, sampling: SamplingConfig, eos_ids: Sequence[int]) -> Any:
-    from vllm import SamplingParams  # noqa: PLC0415
-
-    seeded = sampling.seeded and sampling.temperature > 0
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        max_tokens=sampling.max_tokens,
-        seed=completion_seed(seed=sampling.seed, prompt_id=prompt_id, sample=sample) if seeded else None,
-        stop_token_ids=list(eos_ids),
-        logprobs=0,
-        detokenize=False,
-    )
-
-
-def _completion(prompt_id: int, sample: int, output: Any, version: int) -> Completion:
-    if output.finish_reason not in _FINISH:
-        raise WorkerError(f"vLLM ended sample {sample} of prompt {prompt_id} with {output.finish_reason!r}")
-    tokens = np.asarray(output.token_ids, dtype=np.int32)
-    logprobs = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
-    return Completion(
-        prompt_id=prompt_id,
-        sample=sample,
-        tokens=tokens,
-        logprobs=np.asarray(logprobs, dtype=np.float32),
-        finish_reason=_FINISH[output.finish_reason],
-        version=version,
-    )
-
-
 def _check_context(facts: ModelFacts, config: EngineConfig) -> None:
     if facts.max_positions is not None and config.context > facts.max_positions:
         raise ConfigError(
@@ -256,3 +246,4 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
 
 _conforms: type[RolloutEngine] = VllmEngine
 _sleeps: type[SupportsSleep] = VllmEngine
+_streams: type[SupportsAsyncGenerate] = VllmEngine

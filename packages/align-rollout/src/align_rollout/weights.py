@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,15 @@ class VllmWeightSink:
     """
 
     def __init__(
-        self, *, llm: Any, expected: Sequence[ParamMeta], loaded: bool, in_process: bool, frees_memory: bool = False
+        self,
+        *,
+        llm: Any,
+        expected: Sequence[ParamMeta],
+        loaded: bool,
+        in_process: bool,
+        frees_memory: bool = False,
+        hold: Callable[[], None] = lambda: None,
+        release: Callable[[], None] = lambda: None,
     ) -> None:
         """A sink for `llm`, a started vllm.LLM.
 
@@ -44,7 +52,10 @@ class VllmWeightSink:
             loaded: the engine has read weights, which are version 0; otherwise it waits for the first ones.
             in_process: the worker lives in this process, so that arrays need no file to reach it.
             frees_memory: the engine gives memory back when it sleeps.
+            hold: called before weights change: from its return to `release` no request moves.
+            release: called when weights are whole again.
         """
+        self._hold, self._release = hold, release
         self._frees_memory = frees_memory
         self._sleeping: tuple[str, ...] = ()
         """What is asleep of weights and KV cache."""
@@ -83,12 +94,14 @@ class VllmWeightSink:
         pending.check_complete()
         self._pending = None
         started = time.perf_counter()
-        self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
+        self._change(pending)
         self._llm.collective_rpc("align_commit")
-        if not self._llm.reset_prefix_cache():
+        # Requests under way lose their keys and values and compute them again: the old ones are of the old weights.
+        if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
         self.version = pending.version
         self._broken, self._lost = "", False
+        self._release()
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
 
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
@@ -106,7 +119,7 @@ class VllmWeightSink:
             self.layouts()
             self._llm.collective_rpc("align_connect", args=(layout,))
             self._connected = layout
-        self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
+        self._change(pending)
         found = self._llm.collective_rpc("align_pull", args=(memory, rows))
         pending.record_all()
         slowest = {phase: max(times[phase] for _, times in found) for phase in found[0][1]}
@@ -157,6 +170,11 @@ class VllmWeightSink:
         self._pending = None
         self._llm = None
         self._broken = "it is closed; start another"
+
+    def _change(self, pending: PendingUpdate) -> None:
+        """From here until the commit is done, the engine holds no whole version."""
+        self._hold()
+        self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
 
     def _announced(self) -> PendingUpdate:
         if self._pending is None:

@@ -4,6 +4,7 @@ Each implementation calls these in its own tests, the fakes too: a stage that wo
 numpy and the contracts, no test framework, and nothing of how an implementation is made.
 """
 
+from align_core.conformance.asynchronous import check_async, check_change_on_the_way, check_sleep
 from align_core.conformance.engine import check_engine, check_generation
 from align_core.conformance.expectations import ConformanceError
 from align_core.conformance.reward import check_reward
@@ -12,9 +13,12 @@ from align_core.conformance.weights import check_weight_sink, check_weight_sourc
 
 __all__ = [
     "ConformanceError",
+    "check_async",
+    "check_change_on_the_way",
     "check_engine",
     "check_generation",
     "check_reward",
+    "check_sleep",
     "check_trainer",
     "check_weight_sink",
     "check_weight_source",

@@ -1,0 +1,325 @@
+"""Requests on their way through an engine: what every engine does alike, asked for one batch or in the background.
+
+An engine brings a `Stepper`, which samples the next tokens of all its requests; everything else is here: seeds, limits,
+stop texts, versions of tokens, completions in the order in which they end, aborting, pausing, and what becomes of
+requests while weights change. Knows neither torch nor vLLM.
+"""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from align_core.config import InFlight, SamplingConfig
+from align_core.errors import ConfigError, DataError, SyncError
+from align_core.types import Completion, FinishReason, Prompt
+from align_rollout.sampling import completion_seed
+from align_rollout.stopping import StopTexts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One completion to sample."""
+
+    key: str
+    """Unique among those under way."""
+    prompt: Prompt
+    sample: int
+    sampling: SamplingConfig
+    max_tokens: int
+    seed: int
+    at_once: bool
+    """Nobody looks at it before it has ended, so its tokens may come all together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """The next tokens of a request."""
+
+    key: str
+    tokens: Sequence[int]
+    logprobs: Sequence[float]
+    finish_reason: FinishReason | None
+
+
+class Stepper(Protocol):
+    """The part of an engine that samples."""
+
+    def add(self, request: Request) -> None:
+        """Takes a request in."""
+        ...
+
+    def step(self) -> list[Delta]:
+        """Samples at least one further token of the requests it can, unless that takes more steps; [] if so."""
+        ...
+
+    def abort(self, keys: Sequence[str]) -> None:
+        """Forgets these requests."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class _State:
+    """What a request has so far."""
+
+    request: Request
+    stop: StopTexts | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def extend(self, delta: Delta, version: int) -> FinishReason | None:
+        """Takes the next tokens; returns why the completion ends with them, if it does."""
+        self.tokens.extend(delta.tokens)
+        self.logprobs.extend(delta.logprobs)
+        self.versions.extend([version] * len(delta.tokens))
+        length = self.stop.end(self.tokens, new=len(delta.tokens)) if self.stop else None
+        if length is None:
+            return delta.finish_reason
+        del self.tokens[length:], self.logprobs[length:], self.versions[length:]
+        return "stop"
+
+    def completion(self, reason: FinishReason, version: int) -> Completion:
+        """The completion, ended by `reason`; `version` is that of one without tokens."""
+        mixed = len(set(self.versions)) > 1
+        return Completion(
+            prompt_id=self.request.prompt.id,
+            sample=self.request.sample,
+            tokens=np.asarray(self.tokens, dtype=np.int32),
+            logprobs=np.asarray(self.logprobs, dtype=np.float32),
+            finish_reason=reason,
+            version=self.versions[0] if self.versions else version,
+            versions=np.asarray(self.versions, dtype=np.int32) if mixed else None,
+        )
+
+
+class Stream:
+    """The requests of one engine. Any thread may call any method; one at a time works on the engine."""
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        *,
+        check: Callable[[Sequence[Prompt], SamplingConfig], None],
+        version: Callable[[], int],
+        decode: Callable[[], Callable[[Sequence[int]], str]],
+    ) -> None:
+        """A stream without requests.
+
+        Args:
+            check: raises if the engine cannot sample now, or not these prompts.
+            version: of the weights that sample now.
+            decode: makes the function from token ids to text; called when a stop text is first asked for.
+        """
+        self._stepper, self._check, self._version, self._make_decode = stepper, check, version, decode
+        self._decode: Callable[[Sequence[int]], str] | None = None
+        self._running: dict[str, _State] = {}
+        self._gate, self._lock = threading.Lock(), threading.RLock()
+        self._news = threading.Condition()
+        self._ended: deque[Completion] = deque()
+        self._paused = self._held = self._closed = False
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
+        """See `align_core.contracts.RolloutEngine`; requests in the background move on meanwhile."""
+        with self._entered():
+            if self._paused:
+                raise SyncError("the engine is paused; call resume() before it generates")
+            requests = self._requests(prompts, sampling, at_once=not sampling.stop)
+            wanted = {request.key for request in requests}
+            found: dict[str, Completion] = {}
+            try:
+                self._add(requests, sampling)
+                while len(found) < len(wanted):
+                    for key, completion in self._step():
+                        if key in wanted:
+                            found[key] = completion
+                        else:
+                            self._deliver([completion])
+            except BaseException:
+                self._forget([key for key in wanted if key in self._running])
+                raise
+            return [found[request.key] for request in requests]
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        with self._entered():
+            self._add(self._requests(prompts, sampling, at_once=False), sampling)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="align-rollout", daemon=True)
+            self._thread.start()
+        self._wake()
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._news:
+            while not self._ended and self._moving():
+                left = None if deadline is None else deadline - time.monotonic()
+                if (left is not None and left <= 0) or not self._news.wait(left):
+                    break
+            self._raise_failure()
+            found = list(self._ended)
+            self._ended.clear()
+            return found
+
+    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        with self._entered():
+            chosen = None if prompt_ids is None else set(prompt_ids)
+            states = [s for s in self._running.values() if chosen is None or s.request.prompt.id in chosen]
+            self._forget([state.request.key for state in states])
+            self._deliver([state.completion("abort", self._version()) for state in states])
+
+    def pause(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        with self._entered():
+            self._paused = True
+        self._wake()
+
+    def resume(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._paused = False
+        self._wake()
+
+    def hold(self, policy: InFlight) -> None:
+        """Before weights change: does with the requests under way what `policy` says; none moves until `release`.
+
+        Requests that are paused are kept whatever the policy: pausing says that they are to be continued.
+        """
+        with self._entered():
+            if policy == "abort" and not self._paused:
+                self.abort()
+            while policy == "drain" and self._running and not self._paused:
+                self._deliver([completion for _, completion in self._step()])
+            self._held = True
+
+    def release(self) -> None:
+        """After weights have changed."""
+        self._held = False
+        self._wake()
+
+    def close(self) -> None:
+        """Ends the thread; what is under way is forgotten."""
+        with self._entered():
+            self._closed = True
+            self._running.clear()
+        self._wake()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Works on the engine. Who waits here comes before the thread's next step, which waits at the gate."""
+        with self._gate if not self._is_mine() else contextlib.nullcontext():
+            self._lock.acquire()
+        try:
+            self._raise_failure()
+            yield
+        finally:
+            self._lock.release()
+
+    def _is_mine(self) -> bool:
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    def _work(self) -> None:
+        """The thread: steps while there is something to move."""
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closed or self._moving())
+            with self._gate:
+                pass
+            with self._lock:
+                if self._closed:
+                    return
+                if not self._moving():
+                    continue
+                try:
+                    self._deliver([completion for _, completion in self._step()])
+                except BaseException as failure:
+                    self._failure = failure
+                    self._wake()
+                    return
+
+    def _moving(self) -> bool:
+        return bool(self._running) and not (self._paused or self._held or self._failure or self._closed)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _deliver(self, completions: Sequence[Completion]) -> None:
+        if completions:
+            with self._news:
+                self._ended.extend(completions)
+                self._news.notify_all()
+
+    def _requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, at_once: bool) -> list[Request]:
+        self._check(prompts, sampling)
+        for prompt in prompts:
+            if f"{prompt.id}/0" in self._running:
+                raise DataError(f"prompt id {prompt.id} is under way already; give every drawn prompt an id of its own")
+        return [
+            Request(
+                key=f"{prompt.id}/{sample}",
+                prompt=prompt,
+                sample=sample,
+                sampling=sampling,
+                max_tokens=prompt.max_tokens or sampling.max_tokens,
+                seed=completion_seed(seed=sampling.seed, prompt_id=prompt.id, sample=sample),
+                at_once=at_once,
+            )
+            for prompt in prompts
+            for sample in range(sampling.n)
+        ]
+
+    def _add(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
+        stop = self._stop_texts(sampling)
+        for request in requests:
+            self._stepper.add(request)
+            self._running[request.key] = _State(request=request, stop=stop)
+
+    def _stop_texts(self, sampling: SamplingConfig) -> StopTexts | None:
+        if not sampling.stop:
+            return None
+        if self._decode is None:
+            self._decode = self._make_decode()
+        return StopTexts(sampling.stop, self._decode)
+
+    def _step(self) -> list[tuple[str, Completion]]:
+        """One step of the engine; the requests that ended, by key."""
+        ended: list[tuple[str, Completion]] = []
+        stopped: list[str] = []
+        for delta in self._stepper.step():
+            state = self._running.get(delta.key)
+            if state is None:
+                continue
+            reason = state.extend(delta, self._version())
+            if reason is not None:
+                del self._running[delta.key]
+                ended.append((delta.key, state.completion(reason, self._version())))
+                if delta.finish_reason is None:
+                    stopped.append(delta.key)
+        if stopped:
+            self._stepper.abort(stopped)
+        return ended
+
+    def _forget(self, keys: Sequence[str]) -> None:
+        self._stepper.abort(keys)
+        for key in keys:
+            del self._running[key]
+
+
+def no_decoder() -> Callable[[Sequence[int]], str]:
+    """For engines that have no tokenizer; raises ConfigError."""
+    raise ConfigError("stop texts need a tokenizer, which this engine does not have; use stop_tokens")
