@@ -96,21 +96,21 @@ def run(arguments: argparse.Namespace) -> int:
         results[name] = evaluation.accuracy
         written[name] = {"model": str(path), **asdict(evaluation.accuracy), **settings}
     write_json(arguments.out / "accuracy.json", written)  # once, so that its presence says that all is done
-    Console().print(_table(results))
+    console = Console()
+    console.print(_table(results))
+    if any(result.pass_at for result in results.values()):
+        console.print(_pass_table(results))
     return 0
 
 
 def _table(results: Mapping[str, Accuracy]) -> Table:
     samples = max(result.samples for result in results.values())
-    passes = sorted({k for result in results.values() for k in result.pass_at if k > 1})
     table = Table(title="accuracy")
     table.add_column("model")
     first = "accuracy" if samples == 1 else f"mean@{samples}"
-    passed = [f"pass@{k}" for k in passes]
-    for heading in ("n", "correct", first, "95 % interval", "strict", *passed, "no answer", "cut off"):
+    for heading in ("n", "correct", first, "95 % interval", "strict", "no answer", "cut off"):
         table.add_column(heading, justify="right")
     for name, result in results.items():
-        shares = [result.pass_at[k] for k in passes]
         table.add_row(
             name,
             str(result.n),
@@ -118,8 +118,17 @@ def _table(results: Mapping[str, Accuracy]) -> Table:
             f"{result.accuracy:.1%}",
             f"{result.low:.1%} - {result.high:.1%}",
             f"{result.strict_accuracy:.1%}",
-            *(f"{share.value:.1%} ({share.low:.1%} - {share.high:.1%})" for share in shares),
             str(result.unanswered),
             str(result.truncated),
         )
+    return table
+
+
+def _pass_table(results: Mapping[str, Accuracy]) -> Table:
+    """One row for each k; the interval behind the share."""
+    table = Table("k", *results, title="pass@k")
+    for k in sorted({k for result in results.values() for k in result.pass_at}):
+        shares = [result.pass_at.get(k) for result in results.values()]
+        cells = ["-" if s is None else f"{s.value:.1%} ({s.low:.1%} - {s.high:.1%})" for s in shares]
+        table.add_row(str(k), *cells)
     return table

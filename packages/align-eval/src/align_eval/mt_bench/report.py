@@ -58,7 +58,12 @@ def build_report(
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=metadata.version("align-eval"),
         judge=judge,
-        warnings=(*_judge_warnings(models, order), *_answer_warnings(answering), *bench.warnings()),
+        warnings=(
+            *_judge_warnings(models, order),
+            *_option_warnings(judging),
+            *_answer_warnings(answering),
+            *bench.warnings(),
+        ),
         categories=tuple(bench.categories()),
         models=tuple(models),
         differences=tuple(differences(bench, ratings)),
@@ -150,11 +155,11 @@ def _judge_warnings(models: Sequence[ModelScores], order: OrderEffect | None) ->
             for reason, count in model.failures.items():
                 reasons[reason] = reasons.get(reason, 0) + count
         listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        rest = f"The means rest on the other {expected - missing}"
+        rest = f"The means rest on the other {expected - missing}."
         if missing == expected:
             rest = "There are no means: this judge cannot do the task."
         elif missing > _WEAK * expected:
-            rest += ": this judge is too weak for its figures to mean much."
+            rest = f"{rest[:-1]}: this judge is too weak for its figures to mean much."
         warnings.append(
             f"{missing} of {expected} judgments ({missing / expected:.0%}) have no rating ({listed}). {rest}"
         )
@@ -164,6 +169,16 @@ def _judge_warnings(models: Sequence[ModelScores], order: OrderEffect | None) ->
             "it sees the order more than the answers"
         )
     return warnings
+
+
+def _option_warnings(judging: Mapping[str, object]) -> list[str]:
+    """Of options that shape what the judge says."""
+    extras = [value for name, value in flat(judging) if name.endswith("settings.extra")]
+    return [
+        f"the service was asked to shape the judge's replies ({extra}): that a verdict has the right form says nothing "
+        "of its worth"
+        for extra in dict.fromkeys(extras)
+    ]
 
 
 def _answer_warnings(answering: Mapping[str, Mapping[str, object]]) -> list[str]:
