@@ -1,6 +1,7 @@
 """The `align` command: exit statuses, messages, and which command gets the words."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import pytest
 from align_core import __version__, cli, registry
 from align_core.cli import main
 from align_core.config import StageConfig
-from align_core.errors import SyncError
+from align_core.errors import SyncError, WorkerError
 
 
 class Recorder:
@@ -186,3 +187,38 @@ def test_module_is_the_command_and_starts_without_the_heavy_packages() -> None:
     found = subprocess.run([sys.executable, "-m", "align_core", "sfd"], capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert "did you mean 'sft'?" in found.stderr
+
+
+def test_dead_worker_ends_with_the_command_that_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(monkeypatch, "sft", Recorder(WorkerError("trainer rank 1 died")))
+    assert main([*words("sft", tmp_path), "--data", "a file.jsonl:0.5"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("align: error: trainer rank 1 died\n")
+    again = shlex.split(err.split("run: ")[1])
+    assert again == ["align", *words("sft", tmp_path), "--data", "a file.jsonl:0.5"]
+
+
+def test_lists_may_be_given_by_repeating_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    put(monkeypatch, "sft", recorder)
+    argv = ["sft", "--model", "m", "--out", str(tmp_path), "--data", "a:0.7", "--data=b:0.3", "--trackers", "wandb"]
+    assert main([*argv, "--trackers", "mlflow"]) == 0
+    assert recorder.config is not None
+    assert recorder.config.data == ["a:0.7", "b:0.3"]
+    assert recorder.config.trackers == ["wandb", "mlflow"]
+
+
+@pytest.mark.parametrize("form", ['["wandb"]', "[wandb]"])
+def test_list_of_one(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    put(monkeypatch, "sft", recorder)
+    assert main([*words("sft", tmp_path), "--trackers", form]) == 0
+    assert recorder.config is not None
+    assert recorder.config.trackers == ["wandb"]
+
+
+def test_commands_that_train_nothing_have_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words("score", tmp_path), "--dry-run"]) == 2
+    assert "align score trains nothing" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """How much device memory a model takes, estimated from its sizes: for plans, before anything is started.
 
-Counts what the trainer keeps: weights, gradients in float32, AdamW's state with float32 main weights, the activations
-of one micro-batch, and the logits with what the loss makes of them. Leaves out the allocator's slack and the runtime
-(about 1 GiB a process).
+Counts what the trainer keeps: weights, gradients in float32, this rank's share of AdamW's state with float32 main
+weights, the activations of the micro-batches under way, and the logits. Leaves out the allocator's slack and the
+runtime (about 1 GiB a process). The tests compare it with peaks measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ from align_core.model_shape import ModelShape
 from align_core.types import ITEM_BYTES, Head
 
 _FLOAT32 = 4
-# Copies of the logits that are alive at once: as the model gives them, in float32 for the loss, and their gradient.
-_LOGIT_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +22,9 @@ class ModelMemory:
     gradients: int
     optimizer: int
     activations: int
+    """Kept for the backward pass, over all layers of the rank."""
     logits: int
+    """At the head, beside the activations; with full recompute, or one layer's activations if those are more."""
 
     @property
     def total(self) -> int:
@@ -37,30 +37,40 @@ def model_memory(
 ) -> ModelMemory:
     """An estimate for one rank of the first pipeline stage, which holds the embedding and most activations."""
     layers = -(-shape.layers // parallel.pipeline)
-    held = layers * shape.layer_parameters + shape.vocab * shape.hidden + shape.hidden
     if parallel.pipeline == 1:
-        held += shape.parameters(head=head) - shape.parameters(head="score")
-    held = -(-held // parallel.tensor)
+        weights = shape.parameters(head=head)
+    else:
+        weights = layers * shape.layer_parameters + shape.vocab * shape.hidden
+    held = -(-weights // parallel.tensor)
     item = ITEM_BYTES[training.dtype]
-    tokens = training.micro_batch_tokens
-    moments = 2 * _FLOAT32 * held
-    main_weights = _FLOAT32 * held if training.dtype != "float32" else 0
+    tokens = -(-training.micro_batch_tokens // parallel.context)
+    # AdamW's two averages, and the float32 weights that bfloat16 ones are rounded from; each copy keeps a share.
+    state = held * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
+    logits = tokens * -(-shape.vocab // parallel.tensor) * (item + _FLOAT32)
+    if head == "score" or parallel.pipeline > 1:
+        logits = 0
+    layer = tokens * item * _layer_activations(shape, parallel, training.recompute)
+    if training.recompute == "full":
+        whole = tokens * item * _layer_activations(shape, parallel, "none")
+        logits = max(logits, whole)
     # A pipeline's first stage has as many micro-batches under way as there are stages.
-    kept = layers * parallel.pipeline if trainable else 1
-    logits = tokens * -(-shape.vocab // parallel.tensor) * _FLOAT32 * _LOGIT_COPIES if head == "lm" else 0
+    kept = layers * parallel.pipeline * layer if trainable else layer
     return ModelMemory(
         weights=held * item,
         gradients=held * _FLOAT32 if trainable else 0,
-        optimizer=moments + main_weights if trainable else 0,
-        activations=kept * tokens * item * _layer_activations(shape, parallel),
-        logits=logits if parallel.pipeline == 1 else 0,
+        optimizer=state if trainable else 0,
+        activations=kept,
+        logits=logits,
     )
 
 
-def _layer_activations(shape: ModelShape, parallel: ParallelConfig) -> int:
+def _layer_activations(shape: ModelShape, parallel: ParallelConfig, recompute: str) -> int:
     """Values a token that a layer keeps for its backward pass: around both norms, attention, and the gated MLP."""
-    whole = 4 * shape.hidden
-    cut = 2 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim + 4 * shape.ffn
+    whole = shape.hidden if recompute == "full" else 4 * shape.hidden
+    cut = 0
+    if recompute != "full":
+        of_mlp = 3 if recompute == "none" else 2  # gate, up, and (unless computed again) their product
+        cut = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + of_mlp * shape.ffn
     if parallel.sequence:
         return -(-(whole + cut) // parallel.tensor)
     return whole + -(-cut // parallel.tensor)

@@ -59,7 +59,7 @@ def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
     yield (
         "placement",
         f"{where}: {parallel.world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-        f"data {parallel.data}, one GPU each; {config.training.dtype}",
+        f"context {parallel.context} x data {parallel.data}, one GPU each; {config.training.dtype}",
     )
 
 
