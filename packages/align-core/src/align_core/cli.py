@@ -43,6 +43,7 @@ _HELP = {
     "logprobs": "a model's log-probs of the responses in a file",
     "data": "write the stages' files from public data sets",
     "make-model": "write the models that need no download",
+    "report": "the curves, times and samples of one run as a page",
     "tutorial": "the whole road on a model made on the spot, ending in a report",
     "doctor": "what this machine can run, and why not",
 }
@@ -140,6 +141,12 @@ def _tutorial(words: list[str]) -> int:
     return tutorial(words)
 
 
+def _report(words: list[str]) -> int:
+    from align_core.stages.page import main as report  # noqa: PLC0415
+
+    return report(words)
+
+
 def _data(words: list[str]) -> int:
     from align_core.data.prepare import main as prepare  # noqa: PLC0415
 
@@ -177,6 +184,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     **{name: _stage(name) for name in _STAGES},
     "data": _data,
     "make-model": _make_model,
+    "report": _report,
     "tutorial": _tutorial,
     "doctor": _doctor,
 }

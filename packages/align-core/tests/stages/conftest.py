@@ -44,6 +44,7 @@ from align_core.config import (
     ValueLoss,
 )
 from align_core.contracts import WeightSource
+from align_core.stages.run import Run
 from align_core.stages.world import Model, World
 from align_core.types import Batch, Completion, Prompt, Score, WeightTensor
 from align_rollout.fake import ArrayWeights, FakeEngine
@@ -342,6 +343,13 @@ def length(monkeypatch: pytest.MonkeyPatch) -> type[Length]:
     """Registers the reward `length`, the only one there is."""
     monkeypatch.setattr(registry, "entry_points", lambda group: [_Point()] if group == "align.rewards" else [])
     return Length
+
+
+@pytest.fixture(autouse=True)
+def no_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of these tests draw no report, which would take longer than all else, unless the test is about it."""
+    if "draws_pages" not in request.keywords:
+        monkeypatch.setattr(Run, "_write_page", lambda self: None)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ OUT/checkpoints/...         what a stage computes once before its first step
 OUT/best/                   with keep_best: the model of the best evaluation
 OUT/model/                  the trained model as a Megatron checkpoint
 OUT/hf/                     with export hf: the same as a Hugging Face directory
+OUT/report.html             curves, times, samples (with align-core[tutorial]); `align report OUT` at any time
 OUT/result.json             written last: the stage is finished
 """
 
@@ -28,7 +29,7 @@ import yaml
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
-from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency
+from align_core.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, missing_dependency
 from align_core.stages.live import Screen, shown
 from align_core.stages.world import Model
 from align_core.trackers import RunInfo, TakesTexts, Tracker, check_trackers, open_trackers
@@ -146,9 +147,19 @@ class Run:
         model.export(self.out / "model")
         if self.config.export == "hf":
             _export_hf(self.out / "model", self.out / "hf")
+        self._write_page()
         last = read_metrics(self.out)[-1]
         write_json(self.out / "result.json", {"steps": self.config.steps, "last_step": last, **result})
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+
+    def _write_page(self) -> None:
+        """The report of the run, where what draws it is installed; a run is complete without it."""
+        from align_core.stages.page import write_page  # noqa: PLC0415  (it reads with functions of this file)
+
+        try:
+            write_page(self.out)
+        except MissingDependencyError as error:
+            logger.info("no report.html: %s", error)
 
     def _info(self, first_step: int) -> RunInfo:
         stage = type(self.config).__name__.removesuffix("Config").lower()

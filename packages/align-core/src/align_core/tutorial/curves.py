@@ -66,13 +66,17 @@ _SHOWN: Sequence[tuple[str, str, str, str]] = (
 
 def read_curves(out: Path) -> list[Curve]:
     """The shown metrics of every stage under OUT that has them."""
-    curves = []
-    for stage, metric, label, better in _SHOWN:
-        points = _points(out / stage, metric)
-        if points:
-            steps, values = zip(*points)
-            curves.append(Curve(stage=stage, metric=metric, label=label, better=better, steps=steps, values=values))
-    return curves
+    found = (curve_of(out / stage, metric, label, better=better) for stage, metric, label, better in _SHOWN)
+    return [curve for curve in found if curve is not None]
+
+
+def curve_of(out: Path, metric: str, label: str, *, better: str = "higher") -> Curve | None:
+    """One metric of the stage whose directory is `out`; None where it was never logged."""
+    points = _points(out, metric)
+    if not points:
+        return None
+    steps, values = zip(*points)
+    return Curve(stage=out.name, metric=metric, label=label, better=better, steps=steps, values=values)
 
 
 def _points(stage: Path, metric: str) -> list[tuple[int, float]]:
