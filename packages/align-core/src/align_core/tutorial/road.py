@@ -105,8 +105,8 @@ def steps_of(road: Road) -> list[Step]:
 
 # Stage, its title, and what it is told besides; with the reward model, held-out answers are graded by the right sums.
 _POLICIES = {
-    "rlhf": ("rlhf", "RLHF (PPO), reward model", ("--steps", "30")),
-    "online_dpo": ("online-dpo", "Online DPO, reward model", ("--steps", "30")),
+    "rlhf": ("rlhf", "RLHF (PPO), reward model", ("--steps", "20")),
+    "online_dpo": ("online-dpo", "Online DPO, reward model", ("--steps", "20")),
     "grpo": ("grpo", "GRPO, verifiable reward", ()),
     "grpo_reward_model": ("grpo", "GRPO, reward model", ("--loss.kl_coef", str(_REWARD_MODEL_KL))),
 }
