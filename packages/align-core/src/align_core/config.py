@@ -88,12 +88,14 @@ class OptimizerConfig:
     """Decoupled weight decay; norms and biases are exempt."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    max_skipped: int = 3
+    """Steps in a row that are skipped because their loss or gradient is not finite; one more ends the run."""
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "eps")
         _between(self, "beta1", 0.0, 1.0)
         _between(self, "beta2", 0.0, 1.0)
-        for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad"):
+        for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
 

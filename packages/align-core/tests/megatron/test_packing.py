@@ -42,6 +42,12 @@ def test_cut_gives_a_sequence_beyond_the_budget_its_own_micro_batch() -> None:
     assert _lists(plan) == [[[1], [0, 2]]]
 
 
+def test_cut_rounds_the_number_of_micro_batches_up() -> None:
+    """Three of 5 tokens at a budget of 5 would be three passes; interleaved stages of a pipeline of 2 need four."""
+    plan = cut(_batch([5, 5, 5]), unit="sequence", budget=5, ranks=1, multiple=2)
+    assert _lists(plan) == [[[0], [1], [2], []]]
+
+
 def test_cut_keeps_groups_together() -> None:
     """Groups of 6, 4 and 5 tokens; a budget of 9 does not join any two of them except 5 + 4."""
     plan = cut(_batch([2, 4, 4, 1, 4], group=[7, 7, 3, 9, 9]), unit="group", budget=9, ranks=1)

@@ -114,14 +114,24 @@ def test_a_frozen_model_scores_but_does_not_step(llama: Callable[..., Path]) -> 
     frozen.close()
 
 
-def test_an_infinite_gradient_stops_the_run_and_leaves_the_weights(trainer: MegatronTrainer) -> None:
-    """Advantages of 1e30 are finite, and so is the loss; their squared gradient is not."""
+def test_steps_that_are_not_finite_are_skipped_until_they_are_too_many(trainer: MegatronTrainer) -> None:
+    """Advantages of 1e30 are finite, and so is the loss; their squared gradient is not. A good step starts the count
+    anew; three bad ones in a row leave the weights alone, the fourth ends the run."""
     before = trainer.logprobs(ragged_batch())
     huge = np.where(ragged_batch().mask, 1e30, 0).astype(np.float32)
-    batch = ragged_batch().with_columns(tokens={"old_logprobs": before, "advantages": huge})
-    with pytest.raises(AlignError, match="gradient norm of step 0 is inf"):
-        trainer.step(batch, GrpoLoss())
+    bad = ragged_batch().with_columns(tokens={"old_logprobs": before, "advantages": huge})
+    first = trainer.step(bad, GrpoLoss())
+    assert first["skipped"] == 1.0
+    assert first["grad_norm"] == np.inf
     np.testing.assert_array_equal(trainer.logprobs(ragged_batch()), before)
+    assert trainer.step(ragged_batch(), SftLoss())["skipped"] == 0.0
+    after = trainer.logprobs(ragged_batch())
+    assert (after != before).any()
+    bad = bad.with_columns(tokens={"old_logprobs": after})
+    assert [trainer.step(bad, GrpoLoss())["skipped"] for _ in range(3)] == [1.0, 1.0, 1.0]
+    with pytest.raises(AlignError, match=r"gradient norm inf, after 3 skipped steps .*max_skipped is 3"):
+        trainer.step(bad, GrpoLoss())
+    np.testing.assert_array_equal(trainer.logprobs(ragged_batch()), after)
 
 
 def test_a_column_that_is_not_finite_stops_the_run_by_its_name(trainer: MegatronTrainer) -> None:

@@ -112,11 +112,13 @@ class MicroBatch:
         return _to(self.batch.sequence_column(name), self.tokens.device)
 
 
-def pack(whole: Batch, indices: NDArray[np.int64], *, multiple: int, device: torch.device) -> MicroBatch:
-    """The sequences `indices` of `whole`, padded to a multiple of `multiple` tokens (at least one)."""
+def pack(
+    whole: Batch, indices: NDArray[np.int64], *, multiple: int, device: torch.device, least: int = 1
+) -> MicroBatch:
+    """The sequences `indices` of `whole`, padded to a multiple of `multiple` tokens, and to at least `least`."""
     batch = whole.select(indices)
     count = len(batch.tokens)
-    padding = -count % multiple or (0 if count else multiple)
+    padding = -(-max(count, least) // multiple) * multiple - count
     lengths = np.concatenate([batch.lengths, [padding]] if padding else [batch.lengths]).astype(np.int64)
     targets = np.zeros(count, np.int64)
     targets[:-1] = batch.tokens[1:]

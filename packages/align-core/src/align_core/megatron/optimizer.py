@@ -4,6 +4,7 @@ The optimizer is megatron-core's DistributedOptimizer: each data-parallel rank h
 state, and of the float32 main weights that bfloat16 training has. Knows nothing about batches and losses.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from align_core.megatron.quiet import quiet_megatron
 from align_core.megatron.shards import OwnedRange
 from align_core.megatron.spec import DTYPES
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
@@ -39,6 +42,8 @@ class Update:
     """Global norm of the gradient before clipping."""
     lr: float
     """Learning rate of this step."""
+    skipped: bool
+    """Loss or gradient was not finite: the weights are as they were."""
 
 
 class Optimization:
@@ -88,6 +93,8 @@ class Optimization:
             override_opt_param_scheduler=True,
         )
         self._clip = config.clip_grad
+        self._max_skipped = config.max_skipped
+        self._skipped = 0
         self._device = next(chunks[0].parameters()).device
 
     @property
@@ -102,25 +109,36 @@ class Optimization:
         self.optimizer.zero_grad()
 
     @quiet_megatron()
-    def step(self) -> Update:
-        """Clip, update, move the schedule on.
+    def step(self, loss: float) -> Update:
+        """Clip, update, move the schedule on; leave the weights alone if loss or gradient is not finite.
 
         Raises:
-            AlignError: the gradient is not finite; the weights are left as they were.
+            AlignError: too many steps in a row were skipped.
         """
         self.optimizer.prepare_grads()
         norm = self._gradient_norm()
-        if not math.isfinite(norm):
-            raise AlignError(
-                f"the gradient norm of step {self.steps_done} is {norm}; "
-                "lower optimizer.lr, or look at that step's data"
-            )
-        if 0 < self._clip < norm:
-            clip_grads_with_norm_(self._inner.get_parameters(), self._clip, torch.tensor(norm, device=self._device))
         rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step_with_ready_grads()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if skipped:
+            self._count_skipped(loss, norm)
+        else:
+            self._skipped = 0
+            if 0 < self._clip < norm:
+                clip_grads_with_norm_(self._inner.get_parameters(), self._clip, torch.tensor(norm, device=self._device))
+            self.optimizer.step_with_ready_grads()
+        # The schedule follows the steps of the stage, of which a skipped one is one.
         self.scheduler.step(1)
-        return Update(grad_norm=norm, lr=rate)
+        return Update(grad_norm=norm, lr=rate, skipped=skipped)
+
+    def _count_skipped(self, loss: float, norm: float) -> None:
+        self._skipped += 1
+        what = f"step {self.steps_done} has loss {loss:g} and gradient norm {norm:g}"
+        if self._skipped > self._max_skipped:
+            raise AlignError(
+                f"{what}, after {self._skipped - 1} skipped steps before it (optimizer.max_skipped is "
+                f"{self._max_skipped}); lower optimizer.lr, or look at the data of these steps"
+            )
+        logger.warning("%s: skipped, the weights stay as they are", what)
 
     def state_tensors(self) -> Iterator[Tensor]:
         """Main weights that are not the model's own, and AdamW's averages: what only an update needs."""

@@ -45,7 +45,7 @@ def unit_starts(batch: Batch, unit: Unit) -> Indices:
     return starts
 
 
-def cut(batch: Batch, *, unit: Unit, budget: int, ranks: int) -> list[list[Indices]]:
+def cut(batch: Batch, *, unit: Unit, budget: int, ranks: int, multiple: int = 1) -> list[list[Indices]]:
     """The micro-batches of every data-parallel rank, as ascending sequence indices; the same number for each rank.
 
     Units go, longest first, to the rank with the fewest tokens, and there into the first micro-batch with room. A unit
@@ -54,6 +54,7 @@ def cut(batch: Batch, *, unit: Unit, budget: int, ranks: int) -> list[list[Indic
     Args:
         budget: most tokens in one micro-batch.
         ranks: data-parallel ranks.
+        multiple: every rank gets a multiple of this many micro-batches, as interleaved pipeline stages need.
     """
     starts_U = unit_starts(batch, unit)
     tokens_U = np.diff(batch.offsets[starts_U])
@@ -71,7 +72,7 @@ def cut(batch: Batch, *, unit: Unit, budget: int, ranks: int) -> list[list[Indic
             room[rank].append(budget)
         bins[rank][place].append(u)
         room[rank][place] -= tokens
-    passes = max(1, *(len(own) for own in bins))
+    passes = -(-max(1, *(len(own) for own in bins)) // multiple) * multiple
     return [[_sequences(own[i] if i < len(own) else [], starts_U) for i in range(passes)] for own in bins]
 
 

@@ -105,7 +105,7 @@ def _run(
         data_iterator=[iter(micros) for _ in chunks] if interleaved else iter(micros),
         model=list(chunks),
         num_microbatches=len(micros),
-        seq_length=micros[0].tokens.shape[1],  # unused: stages tell each other each micro-batch's length
+        seq_length=micros[0].tokens.shape[1],  # of all in interleaved stages; others tell each other
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

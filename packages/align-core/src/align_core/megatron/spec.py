@@ -72,7 +72,11 @@ def transformer_config(config: ModelConfig, context: RankContext, training: Trai
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        variable_seq_lengths=True,
+        # Interleaved stages send both ways at once, and with two stages to the same rank: megatron-core then tells the
+        # two apart only when it does not batch them, and never when the ranks first tell each other shapes.
+        variable_seq_lengths=parallel.virtual == 1,
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=parallel.virtual == 1,
         moe_token_dispatcher_type="alltoall",  # variable lengths insist on it, though there are no experts
         calculate_per_token_loss=True,  # sums gradients over micro-batches and data-parallel ranks
         # Weights are loaded, so nothing is drawn; but without initialisation they would lose their tensor-parallel tag,

@@ -5,7 +5,6 @@ part. Alone (world size 1) it is a complete `Trainer`. Knows nothing about stage
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -114,11 +113,12 @@ class MegatronTrainer:
         """One optimizer update on the whole batch, however it is cut.
 
         Returns:
-            `loss`, `grad_norm`, `lr`, `tokens` (of the batch), the loss's own metrics, and what `StepClock` measured.
+            `loss`, `grad_norm`, `lr`, `tokens` (of the batch), the loss's own metrics, what `StepClock` measured, and
+            `skipped`: 1 if loss or gradient was not finite, so that the weights were left as they were.
         Raises:
             ConfigError: the model is frozen, or has the wrong head for the loss.
             DataError: the batch does not fit the loss or the model.
-            AlignError: loss or gradient is not finite; the weights are left as they were.
+            AlignError: more than `optimizer.max_skipped` steps in a row were skipped.
         """
         clock = StepClock(self.context.device)
         optimization = self._trained()
@@ -133,14 +133,13 @@ class MegatronTrainer:
             parts = forward_backward(optimization.chunks, micros, read, prepared.compute)
         metrics = self._summed(parts)
         clock.lap("forward_backward")
-        if not math.isfinite(metrics["loss"]):
-            raise AlignError(f"the loss of step {number} is {metrics['loss']}; look at that step's data")
-        update = optimization.step()
+        update = optimization.step(metrics["loss"])
         clock.lap("optimizer")
         rates = clock.rates(self.model_config, batch.lengths, ranks=self.context.parallel.world_size)
         return {
             **metrics,
             "grad_norm": update.grad_norm,
+            "skipped": float(update.skipped),
             "lr": update.lr,
             "tokens": float(len(batch.tokens)),
             **rates,
@@ -327,10 +326,18 @@ class MegatronTrainer:
         """This data-parallel rank's part of the batch."""
         self._check_batch(batch)
         parallel = self.context.parallel
-        plan = cut(batch, unit=unit, budget=self.config.training.micro_batch_tokens, ranks=parallel.data)
+        interleaved = parallel.virtual > 1
+        own = cut(
+            batch,
+            unit=unit,
+            budget=self.config.training.micro_batch_tokens,
+            ranks=parallel.data,
+            multiple=parallel.pipeline if interleaved else 1,
+        )[self.context.data]
+        # Interleaved stages do not tell each other lengths.
+        least = max(int(batch.lengths[indices].sum()) for indices in own) if interleaved else 1
         return [
-            pack(batch, indices, multiple=parallel.tensor, device=self.context.device)
-            for indices in plan[self.context.data]
+            pack(batch, indices, multiple=parallel.tensor, least=least, device=self.context.device) for indices in own
         ]
 
     def _check_batch(self, batch: Batch) -> None:
