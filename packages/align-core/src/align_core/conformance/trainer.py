@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from align_core.config import LossConfig
 from align_core.conformance.expectations import expect, expect_close, largest_difference
 from align_core.conformance.weights import check_weight_source
-from align_core.contracts import SupportsClose, Trainer
+from align_core.contracts import SupportsClose, SupportsEvaluation, Trainer
 from align_core.types import Batch
 
 
@@ -29,6 +29,7 @@ def check_trainer(
     try:
         before = _check_logprobs(trainer, batch)
         check_weight_source(trainer.weights())
+        _check_evaluation(trainer, batch, loss)
         _check_step(trainer, batch, loss)
         after = _check_logprobs(trainer, batch)
         expect(largest_difference(before, after) > 0, "step() changed no log-prob")
@@ -58,6 +59,15 @@ def _check_logprobs(trainer: Trainer, batch: Batch) -> NDArray[np.float32]:
     parts = [backwards[end - length : end] for end, length in zip(np.cumsum(batch.lengths[::-1]), batch.lengths[::-1])]
     expect_close(np.concatenate(parts[::-1]), found, 1e-4, "log-probs depend on the order of the sequences")
     return found
+
+
+def _check_evaluation(trainer: Trainer, batch: Batch, loss: LossConfig) -> None:
+    if not isinstance(trainer, SupportsEvaluation):
+        return
+    before = trainer.logprobs(batch)
+    metrics = trainer.evaluate(batch, loss)
+    expect("loss" in metrics, f"evaluate() reports {sorted(metrics)}, but no 'loss'")
+    expect(bool(np.array_equal(trainer.logprobs(batch), before)), "evaluate() changed a log-prob")
 
 
 def _check_step(trainer: Trainer, batch: Batch, loss: LossConfig) -> None:
