@@ -1,6 +1,8 @@
 """The package as a whole: light to import, everything public named, errors that travel."""
 
+import importlib.resources
 import pickle
+import re
 import subprocess
 import sys
 
@@ -26,3 +28,34 @@ def test_import_pulls_in_nothing_but_torch() -> None:
 def test_errors_survive_a_trip_between_processes() -> None:
     error = pickle.loads(pickle.dumps(InputError("logprobs_N holds nan")))  # noqa: S301
     assert isinstance(error, ValueError) and str(error) == "logprobs_N holds nan"
+
+
+def test_every_reference_to_a_paper_leads_to_its_section_and_every_loss_file_has_one() -> None:
+    """The anchors are those that a Markdown heading gets: lower case, spaces to hyphens, no other punctuation."""
+    package = importlib.resources.files("align_algos")
+    papers = package.joinpath("PAPERS.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", papers, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    shared = {"__init__.py", "output.py", "registry.py", "pairs.py"}  # no algorithm of their own
+    for folder in ("", "losses", "advantages"):
+        for path in package.joinpath(folder).iterdir():
+            if not path.name.endswith(".py"):
+                continue
+            used = set(re.findall(r"PAPERS\.md#([a-z0-9-]+)", path.read_text(encoding="utf-8")))
+            assert used <= anchors, f"{path.name} refers to {sorted(used - anchors)}"
+            if folder == "losses" and path.name not in shared:
+                assert f"losses/{path.name}" in papers, f"{path.name} has no section in PAPERS.md"
+
+
+def test_import_takes_little_longer_than_torch_alone() -> None:
+    """Measured in the child, after torch.
+
+    The bound of 1.5 s is far above what it takes (0.05 s on two EPYC cores), so that only something heavy that comes
+    along can break it.
+    """
+    program = "import time, torch; start = time.perf_counter(); import align_algos; print(time.perf_counter() - start)"
+    seconds = []
+    for _ in range(3):
+        output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        seconds.append(float(output))
+    assert min(seconds) < 1.5

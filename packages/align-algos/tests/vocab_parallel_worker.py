@@ -77,6 +77,7 @@ def impossible_half(rank: int) -> None:
 
 def main(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
+    # Minutes: on a busy machine one process may import torch a minute after the other, which then gave up waiting.
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS, timeout=timedelta(minutes=5)
     )

@@ -53,7 +53,7 @@ def truncated_importance(
         cap: largest weight, at least 1.
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
-    Source: Ionides 2008, "Truncated importance sampling", eq. 3; token level for engines: Yao et al. 2025, "Your
+    Source: Ionides 2008, "Truncated importance sampling"; token level for engines: Yao et al. 2025, "Your
         efficient RL framework secretly brings you off-policy RL training"; sequence level: Liu et al. 2025, "When speed
         kills stability: demystifying RL collapse from the training-inference mismatch".
     """
@@ -85,7 +85,7 @@ def masked_importance(
         low, high: bounds of rho; low in [0, 1], high at least 1 (defaults: IcePop's).
         keep_ratio: False gives what is kept weight 1 instead of rho: a mask alone.
         Others and Raises: as in `truncated_importance`.
-    Source: Ling team 2025, arXiv:2510.18855, section 3 (IcePop); sequence and geometric: Liu et al. 2025, as in
+    Source: Ling team 2025, arXiv:2510.18855 (IcePop); sequence and geometric: Liu et al. 2025, as in
         `truncated_importance`.
     """
     check_number("low", low, low=0.0, high=1.0)
@@ -116,7 +116,7 @@ def negative_sequence_mask(
         advantages_N: floating [N]; a sequence is negative when their sum over the mask is.
         threshold: nats per token, positive.
         Others and Raises: as in `truncated_importance`.
-    Source: DeepSeek-AI 2025, arXiv:2512.02556, eq. 8 and 9 (off-policy sequence masking).
+    Source: DeepSeek-AI 2025, arXiv:2512.02556, section 3 (off-policy sequence masking).
     """
     check_number("threshold", threshold, low=0.0)
     log_ratio_N, level_N = _log_ratios(logprobs_N, rollout_logprobs_N, mask_N, offsets, "geometric", name="logprobs_N")

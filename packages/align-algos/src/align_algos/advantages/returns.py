@@ -1,4 +1,4 @@
-"""Discounted sum of the rewards still to come, without a value model. See PAPERS.md#reinforce-pp.
+"""Discounted sum of the rewards still to come, without a value model. See PAPERS.md#reinforce.
 
 Legend: N flat tokens.
 """

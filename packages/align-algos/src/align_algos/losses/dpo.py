@@ -41,7 +41,7 @@ def dpo_loss(
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; label smoothing (cDPO): Mitchell 2023, eq. 3 of
-        https://ericmitchell.ai/cdpo.pdf; length-normalised: Lambert et al. 2024, arXiv:2411.15124, eq. 6.
+        https://ericmitchell.ai/cdpo.pdf; length-normalised: Lambert et al. 2024, arXiv:2411.15124.
     """
     check_number("beta", beta, low=0.0)
     check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)

@@ -20,8 +20,8 @@ def hinge_loss(
     """How far the reward margin falls short of 1, divided by `num_pairs`: max(0, 1 - x), with x as in `dpo_loss`.
 
     Args, Returns and Raises: as in `dpo_loss`.
-    Source: Zhao et al. 2023, arXiv:2305.10425, eq. 1 (SLiC-HF); on log-ratios: Liu et al. 2023, arXiv:2309.06657,
-        eq. 10 (RSO, "hinge-norm").
+    Source: Zhao et al. 2023, arXiv:2305.10425, section 2 (SLiC-HF, calibration loss); on log-ratios to a reference:
+        Liu et al. 2023, arXiv:2309.06657 (RSO, "hinge-norm").
     """
     check_number("beta", beta, low=0.0)
     pairs = pair_log_ratios(

@@ -44,7 +44,7 @@ def kto_loss(
         `num_sequences`; divide by the share (or 1 - share), once summed, for the means.
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, eq. 8.
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (the KTO loss).
     """
     check_number("beta", beta, low=0.0)
     check_number("desirable_weight", desirable_weight, low=0.0)
@@ -75,7 +75,7 @@ def kto_kl(
 
     Args and Raises: as in `kto_loss`; `num_sequences` counts the mismatched sequences of the global batch.
     Returns: scalar, nats per sequence.
-    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.2 (z_0).
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1 (z_0).
     """
     ratio_B, divisor = _log_ratios(logprobs_N.detach(), reference_logprobs_N, mask_N, offsets, num_sequences)
     return ratio_B.sum() / divisor

@@ -47,7 +47,7 @@ def ppo_policy_loss(
         of the sampled tokens, an estimate; `approx_kl`: k3 estimate of KL(old || pi).
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2019, arXiv:1912.09729, eq. 5.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2019, arXiv:1912.09729.
     """
     terms = policy_terms(logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens=num_tokens, weights_N=weights_N)
     loss_N, removed_N = clipped_surrogate(

@@ -1,4 +1,4 @@
-"""REINFORCE++: the clipped surrogate on globally normalised advantages, without a critic. See PAPERS.md#reinforce-pp.
+"""REINFORCE++: the clipped surrogate on globally normalised advantages, without a critic. See PAPERS.md#reinforce.
 
 What makes it REINFORCE++ is in the advantages: `advantages.returns_to_go` of rewards with the KL inside, then `whiten`
 over the global batch; with a baseline, `group_normalised(std=False)` before `whiten`. Legend: N flat tokens.

@@ -40,7 +40,7 @@ def reward_loss(
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4; Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
-        Margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244, eq. 2.
+        Margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2; centring: Eisenstein et al. 2023, arXiv:2312.09244.
     """
     check_number("margin_scale", margin_scale, low=0.0)
     check_number("centre_coef", centre_coef, low=0.0)

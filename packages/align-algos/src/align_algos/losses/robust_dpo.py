@@ -30,7 +30,7 @@ def robust_dpo_loss(
     Args:
         label_smoothing: e, the share of preferences that are the wrong way round, in [0, 0.5).
         Others, Returns and Raises: as in `dpo_loss`.
-    Source: Chowdhury et al. 2024, arXiv:2403.00409, eq. 12.
+    Source: Chowdhury et al. 2024, arXiv:2403.00409, section 3 (rDPO).
     """
     check_number("beta", beta, low=0.0)
     check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)

@@ -79,7 +79,7 @@ def rloo_loss(
     Args:
         advantages_N: floating [N], from `advantages.leave_one_out`, the same on each token of a sequence; a constant.
         Others, Returns and Raises: as in `gspo_loss`.
-    Source: Ahmadian et al. 2024, arXiv:2402.14740, eq. 5 and section 3.3; the ratio: as in TRL's RLOO trainer.
+    Source: Ahmadian et al. 2024, arXiv:2402.14740, section 3; the ratio: as in TRL's RLOO trainer.
     """
     return _sequence_policy_loss(
         logprobs_N,
