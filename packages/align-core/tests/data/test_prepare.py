@@ -10,10 +10,10 @@ import pytest
 
 from align_core.cli import main
 from align_core.data.prepare import prepare
-from align_core.data.records import read_preferences, read_prompts, read_ranked, read_sft
+from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
 from align_core.errors import DataError
 
-FILES = {"sft", "preferences", "prompts", "test", "test_preferences"}
+FILES = {"sft", "preferences", "marked", "prompts", "test", "test_preferences", "test_marked"}
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -43,6 +43,7 @@ def check_readable(out: Path, *more: str) -> None:
     read_sft(out / "sft.jsonl")
     read_ranked(out / "preferences.jsonl")
     read_preferences(out / "test_preferences.jsonl")
+    assert len(read_marked(out / "marked.jsonl")) == 2 * len(read_preferences(out / "preferences.jsonl"))
     read_prompts(out / "prompts.jsonl")
     read_prompts(out / "test.jsonl")
 

@@ -11,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from align_core.atomic import new_directory
+from align_core.data.marks import marked_rows
 from align_core.data.sharegpt import read_sharegpt, sharegpt_files
 from align_core.errors import DataError
 from align_core.tutorial.additions import write_additions
@@ -56,13 +57,22 @@ def prepare(dataset: str, source: Path, out: Path, *, held_out: int, seed: int) 
     rng = random.Random(seed)
     rng.shuffle(rows)
     if dataset == _SHAREGPT:
-        files: Mapping[str, Iterable[Mapping[str, object]]] = sharegpt_files(rows[held_out:], rows[:held_out])
+        files: Mapping[str, Iterable[Mapping[str, object]]] = with_marks(
+            sharegpt_files(rows[held_out:], rows[:held_out])
+        )
     else:
-        files = _DATASETS[dataset](rows[held_out:], rows[:held_out], rng)
+        files = with_marks(_DATASETS[dataset](rows[held_out:], rows[:held_out], rng))
     with new_directory(out) as directory:
         for name, records in files.items():
             text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def with_marks(files: Mapping[str, Iterable[Mapping[str, object]]]) -> dict[str, Iterable[Mapping[str, object]]]:
+    """The files, and for each one of pairs the same responses one by one, marked as wanted or not."""
+    names = {"preferences": "marked", "test_preferences": "test_marked"}
+    marked = {names[name]: marked_rows(rows) for name, rows in files.items() if name in names}
+    return {**files, **marked}
 
 
 def _gsm8k(train: Sequence[Row], test: Sequence[Row], rng: random.Random) -> Mapping[str, Iterable[Row]]:

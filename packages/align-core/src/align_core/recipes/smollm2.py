@@ -10,6 +10,7 @@ from align_core.config import (
     DpoConfig,
     EngineConfig,
     GrpoConfig,
+    KtoConfig,
     OptimizerConfig,
     RewardConfig,
     SamplingConfig,
@@ -75,9 +76,23 @@ def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
     )
 
 
+def kto(model: Path, data: Path, out: Path) -> KtoConfig:
+    """The same pairs, their responses one by one."""
+    return KtoConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=8,
+        max_length=_CONTEXT,
+        optimizer=OptimizerConfig(lr=1e-6, schedule="cosine", warmup_steps=2),
+    )
+
+
 STAGES: Mapping[str, Callable[[Path, Path, Path], StageConfig]] = {
     "sft": sft,
     "reward": reward,
     "grpo": grpo,
     "dpo": dpo,
+    "kto": kto,
 }

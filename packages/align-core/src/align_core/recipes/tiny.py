@@ -14,6 +14,8 @@ from align_core.config import (
     GrpoConfig,
     GrpoLoss,
     KlConfig,
+    KtoConfig,
+    KtoLoss,
     OnlineDpoConfig,
     OnlineDpoLoss,
     OptimizerConfig,
@@ -135,6 +137,21 @@ def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
     )
 
 
+def kto(model: Path, data: Path, out: Path) -> KtoConfig:
+    """Right and wrong answers one by one, from the SFT model."""
+    return KtoConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=200,
+        batch_size=64,
+        max_length=_CONTEXT,
+        parallel=_TWO_RANKS,
+        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=10),
+        loss=KtoLoss(beta=0.2),
+    )
+
+
 STAGES: Mapping[str, Callable[[Path, Path, Path], StageConfig]] = {
     "sft": sft,
     "reward": reward,
@@ -142,4 +159,5 @@ STAGES: Mapping[str, Callable[[Path, Path, Path], StageConfig]] = {
     "online-dpo": online_dpo,
     "grpo": grpo,
     "dpo": dpo,
+    "kto": kto,
 }

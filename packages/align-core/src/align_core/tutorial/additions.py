@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_core.atomic import new_directory
+from align_core.data.marks import marked_rows
 from align_core.errors import DataError
 
 SMALLEST, LARGEST = 10, 99  # summands and sums have two digits, so that a tiny model soon learns which digit is which
@@ -120,11 +121,15 @@ def write_additions(
     asked, judged = train * demonstrations_per_question, train * pairs_per_question
     with new_directory(out) as staging:
         _write_lines(staging / "sft.jsonl", demonstrations(asked, correct=correct, rng=rng))
-        _write_lines(staging / "preferences.jsonl", preference_pairs(judged, rng=rng))
+        pairs = list(preference_pairs(judged, rng=rng))
+        _write_lines(staging / "preferences.jsonl", pairs)
+        _write_lines(staging / "marked.jsonl", marked_rows(pairs))
         _write_lines(staging / "ratings.jsonl", rated_answers(judged, rng=rng))
         _write_lines(staging / "prompts.jsonl", problems(train))
         _write_lines(staging / "test.jsonl", problems(test))
-        _write_lines(staging / "test_preferences.jsonl", preference_pairs(test, rng=rng))
+        test_pairs = list(preference_pairs(test, rng=rng))
+        _write_lines(staging / "test_preferences.jsonl", test_pairs)
+        _write_lines(staging / "test_marked.jsonl", marked_rows(test_pairs))
     return additions_files(out)
 
 
