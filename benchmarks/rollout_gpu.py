@@ -155,13 +155,16 @@ class Trainer:
             if "norm" in name:
                 tensor.fill_(1)
             else:
-                tensor.normal_(0, 0.04, generator=generator)
+                tensor.normal_(0, 0.02, generator=generator)  # as Hugging Face initialises a Llama
 
     def weights_layout(self) -> Any:
         return self.metas
 
     def weight_parts(self) -> Any:
         return self.rank.parts()
+
+    def weight_devices(self) -> Any:
+        return self.rank.devices()
 
     def weight_handles(self) -> Any:
         return self.rank.handles()
@@ -275,25 +278,32 @@ def compare_with_hugging_face(model: Path, trainer: Trainer, engine: Any) -> dic
     generator = np.random.default_rng(3)
     prompts = [Prompt(id=i, tokens=generator.integers(3, 500, 32).astype(np.int32)) for i in range(32)]
     completions = engine.generate(prompts, SamplingConfig(max_tokens=64, seed=1))
-    differences = [_against(twin, p, c) for p, c in zip(prompts, completions, strict=True)]
-    flat = np.abs(np.concatenate(differences))
+    pairs = list(zip(prompts, completions, strict=True))
+    ours = np.concatenate([completion.logprobs for completion in completions])
+    same = np.concatenate([_logprobs(twin, *pair) for pair in pairs])
+    exact = np.concatenate([_logprobs(twin.float(), *pair) for pair in pairs])
     return {
-        "tokens": len(flat),
-        "dtype": str(dtype),
-        "mean": float(flat.mean()),
-        "p99": float(np.quantile(flat, 0.99)),
-        "max": float(flat.max()),
-        "mean_logprob": float(np.mean(np.concatenate([c.logprobs for c in completions]))),
+        "tokens": len(ours),
+        "mean_logprob": float(ours.mean()),
+        f"engine_to_hugging_face_{dtype}": _spread(ours - same),
+        "engine_to_hugging_face_float32": _spread(ours - exact),
+        f"hugging_face_{dtype}_to_float32": _spread(same - exact),
     }
 
 
-def _against(twin: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
+def _spread(difference: np.ndarray) -> dict[str, float]:
+    size = np.abs(difference)
+    return {"mean": float(size.mean()), "p99": float(np.quantile(size, 0.99)), "max": float(size.max())}
+
+
+def _logprobs(twin: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
 
     ids = torch.from_numpy(np.concatenate([prompt.tokens, completion.tokens]).astype(np.int64)).to(twin.device)[None]
     with torch.no_grad():
         table = twin(ids).logits[0].float().log_softmax(-1)
     at = torch.arange(len(prompt.tokens) - 1, ids.shape[1] - 1, device=twin.device)
-    return completion.logprobs - table[at, ids[0, len(prompt.tokens) :]].cpu().numpy()
+    found: np.ndarray = table[at, ids[0, len(prompt.tokens) :]].cpu().numpy()
+    return found
 
 
 def compare_with_plain_vllm(engine: Any, arguments: argparse.Namespace) -> dict[str, object]:

@@ -60,11 +60,14 @@ class RanksSource:
     def layout(self) -> Sequence[Sequence[Part]]:
         return self._layout
 
+    def devices(self) -> frozenset[str]:
+        return frozenset()
+
     def memory(self) -> Sequence[Mapping[str, object]]:
         return self.tensors
 
     def checksums(self, rows: Rows) -> Sequence[Mapping[str, int]]:
-        return [PartSums(parts, rows).compute(tensors) for parts, tensors in zip(self._sums, self.tensors)]
+        return [PartSums(parts).compute(tensors, rows) for parts, tensors in zip(self._sums, self.tensors)]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])

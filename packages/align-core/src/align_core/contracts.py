@@ -62,6 +62,10 @@ class DirectSource(Protocol):
         """Of each rank of the trainer, which parts of which weights it holds; the same object every time."""
         ...
 
+    def devices(self) -> frozenset[str]:
+        """UUIDs of the GPUs that hold the weights."""
+        ...
+
     def memory(self) -> Sequence[Mapping[str, object]]:
         """Of each rank, its tensors by name: as they are to an engine in this process, as handles to another one.
 
@@ -77,6 +81,10 @@ class DirectSource(Protocol):
 @runtime_checkable
 class DirectSink(Protocol):
     """A weight sink that fetches announced weights from a trainer's memory itself, between `begin` and `commit`."""
+
+    def devices(self) -> frozenset[str]:
+        """UUIDs of the GPUs that every engine behind this sink sees, and so can fetch from."""
+        ...
 
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
         """Of each engine behind this sink, of each of its ranks, which parts of which weights it holds."""

@@ -25,7 +25,7 @@ def bytes_of(tensor: "torch.Tensor") -> np.ndarray:
 @pytest.mark.parametrize("shape", [(40, 24), (1, 7), (9,)])
 def test_a_whole_weight_has_its_checksum(dtype: "torch.dtype", shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape).to(dtype)
-    sums = PartSums([part("w", shape)], Rows()).compute({"w": tensor})
+    sums = PartSums([part("w", shape)]).compute({"w": tensor}, Rows())
     assert sums == {"w": checksum(bytes_of(tensor), item_bytes=dtype.itemsize)}
 
 
@@ -39,15 +39,15 @@ def test_parts_of_two_holders_add_up_to_the_whole(dtype: "torch.dtype") -> None:
     fused = torch.full((16, 6), 3.0).to(dtype)
     for piece in (lower, upper):
         fused[slices(piece.local)] = whole_tensor[slices(piece.index)]
-    first = PartSums([left], Rows()).compute({"w": whole_tensor[:, :4].contiguous()})["w"]
-    second = PartSums([lower, upper], Rows()).compute({"fused": fused})["w"]
+    first = PartSums([left]).compute({"w": whole_tensor[:, :4].contiguous()}, Rows())["w"]
+    second = PartSums([lower, upper]).compute({"fused": fused}, Rows())["w"]
     assert (first + second) % 2**64 == checksum(bytes_of(whole_tensor), item_bytes=dtype.itemsize)
 
 
 def test_samples_of_consecutive_versions_cover_every_row_once() -> None:
     tensor = torch.randn(50, 8)
     total = sum(
-        PartSums([part("w", (50, 8))], Rows.sampled(version)).compute({"w": tensor})["w"]
+        PartSums([part("w", (50, 8))]).compute({"w": tensor}, Rows.sampled(version))["w"]
         for version in range(7, 7 + SAMPLED_ROWS)
     )
     assert total % 2**64 == checksum(bytes_of(tensor), item_bytes=4)
@@ -60,34 +60,34 @@ def test_a_sample_does_not_depend_on_how_the_rows_are_cut() -> None:
         for a, b in ((0, 19), (19, 50))
     ]
     pieces = {"t0": tensor[:19].clone(), "t19": tensor[19:].clone()}
-    assert PartSums(cut, rows).compute(pieces) == PartSums([part("w", (50, 8))], rows).compute({"w": tensor})
+    assert PartSums(cut).compute(pieces, rows) == PartSums([part("w", (50, 8))]).compute({"w": tensor}, rows)
 
 
 @pytest.mark.parametrize("bit", range(32))
 def test_every_bit_of_an_element_counts(bit: int) -> None:
     tensor = torch.randn(3, 5)
-    sums = PartSums([part("w", (3, 5))], Rows())
-    before = sums.compute({"w": tensor})
+    sums = PartSums([part("w", (3, 5))])
+    before = sums.compute({"w": tensor}, Rows())
     tensor.view(torch.int32)[1, 2] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
-    assert sums.compute({"w": tensor}) != before
+    assert sums.compute({"w": tensor}, Rows()) != before
 
 
 def test_columns_inside_a_larger_tensor() -> None:
     whole_tensor = torch.randn(6, 8)
     right = part("w", (6, 8), index=((0, 6), (4, 8)), local=((0, 6), (4, 8)))
     alone = part("w", (6, 8), index=((0, 6), (4, 8)), local=((0, 6), (0, 4)))
-    expected = PartSums([alone], Rows()).compute({"w": whole_tensor[:, 4:].contiguous()})
-    assert PartSums([right], Rows()).compute({"w": whole_tensor}) == expected
+    expected = PartSums([alone]).compute({"w": whole_tensor[:, 4:].contiguous()}, Rows())
+    assert PartSums([right]).compute({"w": whole_tensor}, Rows()) == expected
 
 
 def test_fused_vectors_have_the_checksums_of_each() -> None:
     first, second = torch.randn(5), torch.randn(3)
     parts = [part("a", (5,), tensor="f"), part("b", (3,), tensor="f", local=((5, 8),))]
-    sums = PartSums(parts, Rows.sampled(4)).compute({"f": torch.cat([first, second])})
+    sums = PartSums(parts).compute({"f": torch.cat([first, second])}, Rows.sampled(4))
     assert sums == {"a": checksum(bytes_of(first), item_bytes=4), "b": checksum(bytes_of(second), item_bytes=4)}
 
 
 def test_parts_of_one_tensor_with_other_columns_are_refused() -> None:
     halves = [part("w", (4, 4), index=((0, 4), (a, a + 2)), local=((0, 4), (a, a + 2))) for a in (0, 2)]
     with pytest.raises(LayoutError, match="cover other columns"):
-        PartSums(halves, Rows())
+        PartSums(halves)

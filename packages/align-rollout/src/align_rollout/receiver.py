@@ -85,7 +85,7 @@ class WeightReceiver:
         _copy_all(own.pairs(sources, targets))
         clock.lap("copy")
         del sources  # while this process holds the trainer's memory, the trainer cannot give it back
-        sums = own.sums(rows).compute(targets) if rows else {}
+        sums = own.sums().compute(targets, rows) if rows else {}
         clock.lap("sum")
         return sums, clock.seconds
 
@@ -103,7 +103,7 @@ class _Own:
         self.staged: dict[str, torch.Tensor] = {}
         self.parts: list[Part] = []
         self.copies: list[Copy] = []
-        self._sums: dict[Rows, PartSums] = {}
+        self._sums: PartSums | None = None
 
     def packs(self, model: Any) -> bool:
         """Whether layers keep their weights in another form than the parameter's (vLLM on CPU)."""
@@ -146,13 +146,13 @@ class _Own:
             found[dense][1].append(pair[1])
         return list(found.values())
 
-    def sums(self, rows: Rows) -> "PartSums":
-        """The checksums of this worker's parts over `rows`."""
+    def sums(self) -> "PartSums":
+        """What computes the checksums of this worker's parts."""
         from align_core.transfer.checksums import PartSums  # noqa: PLC0415
 
-        if rows not in self._sums:
-            self._sums[rows] = PartSums(self.parts, rows)
-        return self._sums[rows]
+        if self._sums is None:
+            self._sums = PartSums(self.parts)
+        return self._sums
 
 
 class _Clock:

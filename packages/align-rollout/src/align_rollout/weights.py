@@ -104,6 +104,12 @@ class VllmWeightSink:
         self._release()
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
 
+    def devices(self) -> frozenset[str]:
+        """UUIDs of the GPUs that this engine's workers see."""
+        from align_core.transfer.memory import visible_devices  # noqa: PLC0415  (brings torch)
+
+        return visible_devices()
+
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
         """Of this one engine, of each worker, which parts of which weights it holds."""
         if not self._parts:

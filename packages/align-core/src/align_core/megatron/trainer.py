@@ -182,7 +182,7 @@ class MegatronTrainer:
             buffer = np.empty(total_bytes(metas), np.uint8)
             return HeldWeights(metas, buffer, self._write(metas, buffer))
 
-        return LiveWeights(self.live_weights(), metas, held) if self.on_gpu else held()
+        return LiveWeights(self.live_weights(), metas, held) if self.weights_on_gpu() else held()
 
     def live_weights(self) -> RankWeights:
         """This rank's weights where they are."""
@@ -192,14 +192,17 @@ class MegatronTrainer:
             self._live = RankWeights(self._chunks, plans if self.context.data == 0 else [], self.weights_layout())
         return self._live
 
-    @property
-    def on_gpu(self) -> bool:
+    def weights_on_gpu(self) -> bool:
         """Whether this rank's weights are on a GPU, so that an engine there can fetch them."""
         return self.context.device.type == "cuda"
 
     def weight_parts(self) -> list[Part]:
         """What this rank sends of which weight, for an engine that fetches it."""
         return self.live_weights().parts()
+
+    def weight_devices(self) -> frozenset[str]:
+        """UUIDs of the GPUs that hold this rank's weights."""
+        return self.live_weights().devices()
 
     def weight_handles(self) -> dict[str, Handle | Tensor]:
         """This rank's tensors, for an engine in another process on the same GPU."""

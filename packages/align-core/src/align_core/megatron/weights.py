@@ -19,7 +19,7 @@ from align_convert.fill import shard_slices, slices
 from align_convert.plan import Index, Shard
 from align_core.config import Dtype
 from align_core.transfer.checksums import PartSums
-from align_core.transfer.memory import Handle, export_tensors
+from align_core.transfer.memory import Handle, device_of, export_tensors
 from align_core.transfer.rectangles import Part, Rows
 from align_core.types import ITEM_BYTES, POSITION_START, POSITION_STEP, ParamMeta, WeightTensor
 
@@ -63,7 +63,7 @@ class RankWeights:
         """The weights of a rank's chunks with their plans; without plans, of a further copy, which sends nothing."""
         self._chunks = chunks
         self._parts = [part for chunk, shards in enumerate(plans) for part in held_parts(shards, metas, chunk=chunk)]
-        self._sums: dict[Rows, PartSums] = {}
+        self._sums: PartSums | None = None
 
     def parts(self) -> list[Part]:
         """Which parts of which weights this rank holds."""
@@ -79,15 +79,21 @@ class RankWeights:
         )
         return {name: parameter for name, parameter in found if name in names}
 
+    def devices(self) -> frozenset[str]:
+        """UUIDs of the GPUs that hold them."""
+        return frozenset(device_of(tensor) for tensor in self.tensors().values() if tensor.is_cuda)
+
     def handles(self) -> dict[str, Handle | Tensor]:
         """The same for an engine in another process on this GPU."""
         return export_tensors(self.tensors())
 
     def checksums(self, rows: Rows) -> dict[str, int]:
         """Of this rank's primary parts of each weight, computed where they are."""
-        if rows not in self._sums:
-            self._sums[rows] = PartSums([part for part in self._parts if part.primary], rows)
-        return self._sums[rows].compute(self.tensors()) if self._parts else {}
+        if not self._parts:
+            return {}
+        if self._sums is None:
+            self._sums = PartSums([part for part in self._parts if part.primary])
+        return self._sums.compute(self.tensors(), rows)
 
 
 class LiveWeights:
@@ -110,6 +116,10 @@ class LiveWeights:
     def layout(self) -> Sequence[Sequence[Part]]:
         """See `align_core.contracts.DirectSource`."""
         return self._layout
+
+    def devices(self) -> frozenset[str]:
+        """See `align_core.contracts.DirectSource`."""
+        return self._rank.devices()
 
     def memory(self) -> Sequence[Mapping[str, object]]:
         """See `align_core.contracts.DirectSource`."""

@@ -63,6 +63,9 @@ class _EngineHost:
     def pulls(self) -> bool:
         return isinstance(self._sink, DirectSink)
 
+    def devices(self) -> frozenset[str]:
+        return self._direct().devices()
+
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
         return self._direct().layouts()
 
@@ -110,7 +113,11 @@ class _RemoteDirectSink(_RemoteSink):
     def __init__(self, workers: WorkerGroup) -> None:
         super().__init__(workers)
         self._layouts: Sequence[Sequence[Sequence[Part]]] = workers.call("layouts")[0]
+        self._devices: frozenset[str] = workers.call("devices")[0]
         self._told: Sequence[Sequence[Part]] | None = None
+
+    def devices(self) -> frozenset[str]:
+        return self._devices
 
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
         return self._layouts

@@ -18,6 +18,7 @@ class DirectWorkersSource:
         self._workers = workers
         self._host = SharedMemorySource(workers)
         self._layout: Sequence[Sequence[Part]] = workers.call("weight_parts")
+        self._devices: frozenset[str] = frozenset().union(*workers.call("weight_devices"))
 
     def metadata(self) -> Sequence[ParamMeta]:
         """See `align_core.contracts.WeightSource`."""
@@ -30,6 +31,10 @@ class DirectWorkersSource:
     def layout(self) -> Sequence[Sequence[Part]]:
         """See `align_core.contracts.DirectSource`."""
         return self._layout
+
+    def devices(self) -> frozenset[str]:
+        """See `align_core.contracts.DirectSource`."""
+        return self._devices
 
     def memory(self) -> Sequence[Mapping[str, object]]:
         """See `align_core.contracts.DirectSource`; handles, each good for one engine to open."""

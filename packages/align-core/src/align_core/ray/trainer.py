@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
-from align_core.ray.source import SharedMemorySource
+from align_core.ray.source import DirectWorkersSource, SharedMemorySource
 from align_core.ray.workers import WorkerGroup
 from align_core.types import Batch
 
@@ -39,6 +39,8 @@ class RayTrainer:
             make_rank: what to run in each worker instead of a rank of Megatron.
         """
         self._workers = workers
+        self._source: WeightSource | None = None
+        self._on_gpus = all(place.gpus for place in workers.processes.places) and config.training.device != "cpu"
         nodes = len({place.node_id for place in workers.processes.places})
         self._meeting = workers.run(0, _open_meeting, nodes) if len(workers) > 1 else ""
         make = make_rank or _make_rank
@@ -70,8 +72,10 @@ class RayTrainer:
         return metrics
 
     def weights(self) -> WeightSource:
-        """The weights, through a file in shared memory that each rank writes its own part of."""
-        return SharedMemorySource(self._workers)
+        """The weights where GPUs hold them; else a file in shared memory that each rank writes its own part of."""
+        if self._source is None:
+            self._source = (DirectWorkersSource if self._on_gpus else SharedMemorySource)(self._workers)
+        return self._source
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
         """See `align_core.contracts.Trainer`."""

@@ -47,7 +47,12 @@ def synchronise(
     metadata = source.metadata()
     sink.begin(metadata, version)
     seconds = {"begin": time.perf_counter() - started}
-    if direct and isinstance(source, DirectSource) and isinstance(sink, DirectSink):
+    if (
+        direct
+        and isinstance(source, DirectSource)
+        and isinstance(sink, DirectSink)
+        and source.devices() <= sink.devices()
+    ):
         seconds |= _pull(source, sink, version=version, verify=verify)
     else:
         sent = time.perf_counter()

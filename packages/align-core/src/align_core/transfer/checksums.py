@@ -26,8 +26,8 @@ _BLOCK = 1024
 class PartSums:
     """Sums the checksums of fixed parts of a process's tensors, again and again as the tensors change."""
 
-    def __init__(self, parts: Sequence[Part], rows: Rows) -> None:
-        """Works out which rows to read.
+    def __init__(self, parts: Sequence[Part]) -> None:
+        """Works out what each row of each tensor is a row of.
 
         Raises:
             LayoutError: the parts of one tensor do not all cover the same columns of it.
@@ -40,46 +40,53 @@ class PartSums:
             window = part.local[1] if len(part.local) > 1 else (0, 1)
             if self._columns.setdefault(part.tensor, window) != window:
                 raise LayoutError(f"parts of the tensor {part.tensor!r} cover other columns than each other")
-            tables.setdefault(part.tensor, []).append(_row_table(part, rows, slot_of[part.name]))
+            tables.setdefault(part.tensor, []).append(_row_table(part, slot_of[part.name]))
         self._tables = {name: np.concatenate(table, axis=1) for name, table in tables.items()}
-        self._on_device: dict[torch.device, Mapping[str, Tensor]] = {}
+        self._on_device: dict[tuple[torch.device, Rows], Mapping[str, Tensor]] = {}
 
-    def compute(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-        """The sum, modulo 2^64, of this process's parts of each weight.
+    def compute(self, tensors: Mapping[str, Tensor], rows: Rows) -> dict[str, int]:
+        """The sum over `rows`, modulo 2^64, of this process's parts of each weight.
 
         Args:
             tensors: by the names that the parts use; all on one device, 2 or 4 bytes an element.
         """
         device = next(iter(tensors.values())).device
-        tables = self._tables_on(device)
         sums = torch.zeros(len(self.names), dtype=torch.int64, device=device)
-        for name, table in tables.items():
+        for name, table in self._tables_on(device, rows).items():
             if table.shape[1]:
                 tensor = tensors[name].detach()
                 matrix = (tensor if tensor.dim() == 2 else tensor.reshape(-1, 1)).view(_INTEGER[tensor.element_size()])
-                rows, weights, slots = table
-                hashes, totals = _row_hashes(matrix[:, slice(*self._columns[name])], rows)
+                local, weights, slots = table
+                hashes, totals = _row_hashes(matrix[:, slice(*self._columns[name])], local)
                 sums.index_add_(0, slots, hashes + weights * totals)
         return {name: value % 2**64 for name, value in zip(self.names, sums.tolist())}
 
-    def _tables_on(self, device: torch.device) -> Mapping[str, Tensor]:
-        if device not in self._on_device:
-            self._on_device[device] = {name: torch.from_numpy(t).to(device) for name, t in self._tables.items()}
-        return self._on_device[device]
+    def _tables_on(self, device: torch.device, rows: Rows) -> Mapping[str, Tensor]:
+        """The tables' first three rows, of the chosen rows of the weights; moved to the device all in one."""
+        if (device, rows) not in self._on_device:
+            chosen = [
+                table[:3, (table[3] < 0) | (table[3] % rows.step == rows.first)] if rows.step > 1 else table[:3]
+                for table in self._tables.values()
+            ]
+            moved = torch.from_numpy(np.concatenate(chosen, axis=1)).to(device)
+            pieces = torch.split(moved, [table.shape[1] for table in chosen], dim=1)
+            self._on_device[device, rows] = dict(zip(self._tables, pieces))
+        return self._on_device[device, rows]
 
 
-def _row_table(part: Part, rows: Rows, slot: int) -> NDArray[np.int64]:
-    """int64 [3, R]: the part's chosen rows in the local tensor, their weight STEP (C r + c0), and the weight's slot.
+def _row_table(part: Part, slot: int) -> NDArray[np.int64]:
+    """int64 [4, R]: of each row of the part its place in the local tensor, its weight STEP (C r + c0), the weight's
+    slot, and r itself, or -1 where every sample has the row.
 
-    A weight with one dimension counts as a matrix of one column.
+    A weight with one dimension counts as a matrix of one column, and is never sampled.
     """
     flat = len(part.shape) == 1
     columns, first_column = (1, 0) if flat else (part.shape[1], part.index[1][0])
-    step, first = (1, 0) if flat else (rows.step, rows.first)
     first_row, last_row = part.index[0]
-    chosen = np.arange(first_row + (first - first_row) % step, last_row, step, dtype=np.int64)
-    weights = (chosen * columns + first_column).astype(np.uint64) * np.uint64(POSITION_STEP)
-    return np.stack([chosen - first_row + part.local[0][0], weights.view(np.int64), np.full(len(chosen), slot)])
+    rows = np.arange(first_row, last_row, dtype=np.int64)
+    weights = (rows * columns + first_column).astype(np.uint64) * np.uint64(POSITION_STEP)
+    sampled = np.full(len(rows), -1) if flat else rows
+    return np.stack([rows - first_row + part.local[0][0], weights.view(np.int64), np.full(len(rows), slot), sampled])
 
 
 def _row_hashes(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,5 +63,15 @@ def _open(handle: Handle, local: Mapping[str, int]) -> Tensor:
     return tensor
 
 
+def visible_devices() -> frozenset[str]:
+    """UUIDs of the GPUs that this process sees."""
+    return frozenset(_uuid(index) for index in range(torch.cuda.device_count()))
+
+
+def device_of(tensor: Tensor) -> str:
+    """UUID of the tensor's GPU."""
+    return _uuid(tensor.device.index)
+
+
 def _uuid(device: int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
