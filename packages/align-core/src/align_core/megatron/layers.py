@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -44,11 +41,11 @@ class LanguageHead(ColumnParallelLinear):  # type: ignore[misc]
     def forward(self, hidden: Tensor, **_: object) -> tuple[Tensor, None]:
         """[tokens of this rank, 1, hidden] to [all tokens, 1, hidden], and the bias that there is not.
 
-        Backward sums the gradients that the ranks' rows of the vocabulary give.
+        Their gradient comes back whole: whoever multiplies them by the ranks' rows sums over the ranks.
         """
         if self.config.sequence_parallel:
-            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True), None
-        return copy_to_tensor_model_parallel_region(hidden), None
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False), None
+        return hidden, None
 
 
 class ScoreHead(MegatronModule):  # type: ignore[misc]

@@ -13,10 +13,14 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from align_algos.logprobs import token_logprobs
+from align_algos.fused import fused_logprobs
 from align_algos.losses import LossOutput
 from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.quiet import quiet_megatron
+
+# Logits of a micro-batch that are kept from the forward to the backward pass, so that they need not be computed again:
+# all of 16k tokens over 32k rows of the vocabulary. The rest, and all float32 copies, exist a block at a time.
+_KEPT_LOGITS = 1 << 30
 
 Read = Callable[[Tensor, MicroBatch], Tensor]
 """What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N], values [N] or scores [B]."""
@@ -44,9 +48,10 @@ def read_logprobs(chunk: Any, vocab_size: int, *, targets_only: bool = False) ->
 
 
 def _next_logprobs(hidden_NH: Tensor, chunk: Any, targets_N: Tensor, vocab_size: int) -> Tensor:
-    weight_VH = chunk.head_weight
     group = parallel_state.get_tensor_model_parallel_group()
-    return token_logprobs(hidden_NH @ weight_VH.t(), targets_N, vocab_size=vocab_size, tp_group=group)
+    return fused_logprobs(
+        hidden_NH, chunk.head_weight, targets_N, vocab_size=vocab_size, tp_group=group, keep_bytes=_KEPT_LOGITS
+    ).logprobs_N
 
 
 def read_scores(output_1P1: Tensor, micro: MicroBatch) -> Tensor:

@@ -30,7 +30,28 @@ def open_model(config: TrainerConfig) -> tuple[Source, ModelConfig]:
             raise ConfigError(f"{str(config.model)!r} holds a reward model; load it with head 'score'")
         wanted = stored.with_head(config.head)
         layout_of(config.parallel).check(wanted)
+    _check_supported(wanted, config)
     return source, wanted
+
+
+def _check_supported(model: ModelConfig, config: TrainerConfig) -> None:
+    """Refuse what the converter knows and training does not."""
+    if model.table.has_experts:
+        raise ConfigError(
+            f"training of family {model.family!r} is not supported: it has experts; choose a dense model "
+            "(its checkpoints can be converted all the same)"
+        )
+    window = model.hf.get("sliding_window")
+    if (
+        model.hf.get("use_sliding_window", model.family == "mistral")
+        and isinstance(window, int)
+        and window < model.max_positions
+    ):
+        raise ConfigError(
+            f"{str(config.model)!r} attends to the last {window} tokens only (sliding_window in config.json), which "
+            f"training does not do; set it to null, and max_position_embeddings ({model.max_positions}) to at most "
+            f"{window}: shorter sequences are the same with and without the window"
+        )
 
 
 @contextlib.contextmanager
