@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from align_core.config import JudgeConfig
+from align_core.conformance import check_judge
 from align_core.errors import ConfigError
 from align_core.types import ChatReply, ChatRequest
 from align_eval.errors import RefusedError, UnansweredError
@@ -33,7 +34,7 @@ def _request(text: str = "Well?", **changes: Any) -> ChatRequest:
 
 def _ask(service: StubService, *requests: ChatRequest, accept_empty: bool = False, **settings: Any) -> list[ChatReply]:
     async def ask() -> list[ChatReply]:
-        config = JudgeConfig(**{"base_url": service.url, "model": "m", "timeout": 0.5, **settings})
+        config = JudgeConfig(**{"base_url": service.url, "model": "m", "timeout": 5.0, **settings})
         judge = OpenAiJudge(config, accept_empty=accept_empty)
         try:
             return await asyncio.gather(*(judge.reply(request) for request in requests))
@@ -59,6 +60,11 @@ def test_request_and_reply_are_those_of_the_protocol() -> None:
         "seed": 3,
         "n": 1,
     }
+
+
+def test_judge_keeps_the_contract() -> None:
+    with StubService(fault_share=0.5, hang_seconds=0.1, reply=lambda m: f"about {m[-1]['content'][:9]}") as service:
+        asyncio.run(check_judge(OpenAiJudge(JudgeConfig(base_url=service.url, timeout=2.0))))
 
 
 def test_models_that_think_get_their_own_limit_and_no_temperature() -> None:
@@ -87,8 +93,9 @@ def test_reply_cut_off_says_so() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_passing_fault_is_tried_again(fault: str) -> None:
+    timeout = 1.0 if fault == "hang" else 5.0
     with StubService(fault_share=1.0, faults=[fault], reply=lambda _: "Yes.", retry_after="0.05") as service:
-        (reply,) = _ask(service, _request())
+        (reply,) = _ask(service, _request(), timeout=timeout)
     assert reply.text == "Yes."
     assert [r["status"] for r in service.requests if r["status"] == "200"] == ["200"]
     assert len(service.requests) in (2, 3)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -48,7 +49,8 @@ class StubService:
     key: str | None = None
     """Requests must carry it."""
     requests: list[dict[str, Any]] = field(default_factory=list)
-    """Body, status and seconds of every request, in the order of their ends."""
+    """Body, path, status, begin and seconds of every request, in the order of their beginnings; while one is worked on,
+    its status is None."""
 
     def __enter__(self) -> "StubService":
         self._lock = threading.Lock()
@@ -94,14 +96,15 @@ class StubService:
         begin = time.monotonic()
         length = int(handler.headers["Content-Length"])
         body = json.loads(handler.rfile.read(length))
-        status = self._respond(handler, body)
-        with self._lock:
-            seconds = time.monotonic() - begin
-            self.requests.append(
-                {"body": body, "status": status, "begin": begin, "seconds": seconds, "path": handler.path}
-            )
+        request = {"body": body, "status": None, "begin": begin, "seconds": 0.0, "path": handler.path}
+        self.requests.append(request)
+        status, send = self._respond(handler, body)
+        # Before the client hears of it: a test that has its reply may look here at once.
+        request.update(status=status, seconds=time.monotonic() - begin)
+        send()
 
-    def _respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> str:
+    def _respond(self, handler: BaseHTTPRequestHandler, body: dict[str, Any]) -> tuple[str, Callable[[], None]]:
+        """Takes the time that an answer takes; what it is, and what sends it."""
         messages = body["messages"]
         if self.key is not None and handler.headers.get("Authorization") != f"Bearer {self.key}":
             return self._error(handler, 401, f"Incorrect API key provided: {handler.headers.get('Authorization')}")
@@ -115,50 +118,48 @@ class StubService:
         time.sleep(self.seconds * (3 if slow else 1))
         if number % 1000 < 1000 * self.fault_share and attempt < 1 + number % 2:
             return self._fault(handler, self.faults[(number // 1000 + attempt) % len(self.faults)])
-        self._send(handler, 200, _completion(body, self.reply(messages)))
-        return "200"
+        return "200", partial(_send, handler, 200, _completion(body, self.reply(messages)))
 
-    def _fault(self, handler: BaseHTTPRequestHandler, fault: str) -> str:
+    def _fault(self, handler: BaseHTTPRequestHandler, fault: str) -> tuple[str, Callable[[], None]]:
         if fault == "429":
             return self._error(handler, 429, "slow down", {"Retry-After": self.retry_after})
         if fault == "500":
             return self._error(handler, 500, "something broke")
+        if fault == "malformed":
+            return fault, partial(_send, handler, 200, b'{"choices": [{"message": {"content": "Rat')
+        if fault == "empty":
+            return fault, partial(_send, handler, 200, _completion({"model": "stub"}, ""))
+        handler.close_connection = True
+        if fault == "truncated":
+            return fault, partial(_send, handler, 200, b'{"choices": [{"message"', announced=5000)
         if fault == "hang":
             self._closing.wait(self.hang_seconds)
-            handler.close_connection = True
-        elif fault == "malformed":
-            self._send(handler, 200, b'{"choices": [{"message": {"content": "Rat')
-        elif fault == "truncated":  # the body ends before its announced length
-            handler.send_response(200)
-            handler.send_header("Content-Length", "5000")
-            handler.end_headers()
-            handler.wfile.write(b'{"choices": [{"message"')
-            handler.close_connection = True
-        elif fault == "empty":
-            self._send(handler, 200, _completion({"model": "stub"}, ""))
-        elif fault == "broken":
-            handler.close_connection = True
-            handler.connection.close()
-        return fault
-
-    def _error(
-        self, handler: BaseHTTPRequestHandler, status: int, message: str, headers: Mapping[str, str] | None = None
-    ) -> str:
-        body = json.dumps({"error": {"message": message, "type": "stub", "code": None}}).encode()
-        self._send(handler, status, body, headers)
-        return str(status)
+        return fault, handler.connection.close
 
     @staticmethod
-    def _send(
-        handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: Mapping[str, str] | None = None
-    ) -> None:
-        handler.send_response(status)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(body)))
-        for name, value in (headers or {}).items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.write(body)
+    def _error(
+        handler: BaseHTTPRequestHandler, status: int, message: str, headers: Mapping[str, str] | None = None
+    ) -> tuple[str, Callable[[], None]]:
+        body = json.dumps({"error": {"message": message, "type": "stub", "code": None}}).encode()
+        return str(status), partial(_send, handler, status, body, headers)
+
+
+def _send(
+    handler: BaseHTTPRequestHandler,
+    status: int,
+    body: bytes,
+    headers: Mapping[str, str] | None = None,
+    *,
+    announced: int | None = None,
+) -> None:
+    """Sends a response; `announced` is the length it claims, if not its own."""
+    handler.send_response(status)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(body) if announced is None else announced))
+    for name, value in (headers or {}).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
 
 
 def _completion(body: Mapping[str, Any], text: str) -> bytes:

@@ -7,6 +7,7 @@ numpy and the contracts, no test framework, and nothing of how an implementation
 from align_core.conformance.asynchronous import check_async, check_change_on_the_way, check_sleep
 from align_core.conformance.engine import check_engine, check_generation
 from align_core.conformance.expectations import ConformanceError
+from align_core.conformance.judge import check_judge
 from align_core.conformance.reward import check_reward
 from align_core.conformance.trainer import check_trainer
 from align_core.conformance.weights import check_weight_sink, check_weight_source
@@ -17,6 +18,7 @@ __all__ = [
     "check_change_on_the_way",
     "check_engine",
     "check_generation",
+    "check_judge",
     "check_reward",
     "check_sleep",
     "check_trainer",

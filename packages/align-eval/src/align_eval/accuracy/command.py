@@ -9,7 +9,7 @@ from typing import get_args
 from rich.console import Console
 from rich.table import Table
 
-from align_core.config import SamplingConfig
+from align_core.config import EngineConfig, SamplingConfig
 from align_core.text import TemplateName
 from align_eval.accuracy.completions import KEY_FIELDS
 from align_eval.accuracy.run import Accuracy, evaluate_model
@@ -60,22 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     engine_class(engine.name)
     check_directories(models)
     verifier = make_verifier(arguments.verifier)
-    suffix = arguments.suffix.replace("\\n", "\n")
+    suffix = arguments.suffix.replace("\\n", "\n")  # shells do not make it easy to type one
     tasks = read_tasks(arguments.data, verifier, limit=arguments.limit, suffix=suffix)
     results: dict[str, Accuracy] = {}
-    written: dict[str, object] = {}
-    settings = {
-        "data": str(arguments.data),
-        "verifier": arguments.verifier,
-        "suffix": suffix,
-        "template": arguments.template,
-        "max_tokens": sampling.max_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seed": sampling.seed,
-        "engine": engine.name,
-        "dtype": engine.dtype,
-    }
     for name, path in models.items():
         directory = hugging_face(path, work=arguments.out / "store" / "converted")
         with (
@@ -94,13 +81,34 @@ def run(arguments: argparse.Namespace) -> int:
             )
         write_json_lines(arguments.out / f"{name}.jsonl", (asdict(item) for item in evaluation.items))
         results[name] = evaluation.accuracy
-        written[name] = {"model": str(path), **asdict(evaluation.accuracy), **settings}
+    settings = _settings(arguments, sampling, engine)
+    written = {name: {"model": str(models[name]), **asdict(found), **settings} for name, found in results.items()}
     write_json(arguments.out / "accuracy.json", written)  # once, so that its presence says that all is done
+    _print(results)
+    return 0
+
+
+def _settings(arguments: argparse.Namespace, sampling: SamplingConfig, engine: EngineConfig) -> dict[str, object]:
+    """What a reader of accuracy.json needs to make the same again."""
+    return {
+        "data": str(arguments.data),
+        "verifier": arguments.verifier,
+        "suffix": arguments.suffix,
+        "template": arguments.template,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "engine": engine.name,
+        "dtype": engine.dtype,
+    }
+
+
+def _print(results: Mapping[str, Accuracy]) -> None:
     console = Console()
     console.print(_table(results))
     if any(result.pass_at for result in results.values()):
         console.print(_pass_table(results))
-    return 0
 
 
 def _table(results: Mapping[str, Accuracy]) -> Table:

@@ -11,7 +11,7 @@ from align_core.config import SamplingConfig
 from align_core.contracts import RolloutEngine
 from align_core.errors import ConfigError, WorkerError
 from align_core.text import Tokenizer, render_prompt
-from align_core.types import FinishReason, Prompt
+from align_core.types import Completion, FinishReason, Prompt
 from align_eval.accuracy.tasks import Task
 from align_eval.digest import digest
 from align_eval.store import Store
@@ -61,58 +61,67 @@ def complete(
         ConfigError: max_tokens leaves no room for a prompt.
         WorkerError: the engine gave up a completion; it is not counted as a wrong one.
     """
-    room = context - sampling.max_tokens
-    if room < 1:
-        raise ConfigError(
-            f"max_tokens {sampling.max_tokens} leaves no room for a prompt in a context of {context} tokens; "
-            "lower max_tokens or raise context"
-        )
-    prompts = [
-        Prompt(id=index, tokens=render_prompt(tokenizer, task.content, template=template, max_tokens=room))
-        for index, task in enumerate(tasks)
-    ]
+    prompts = _render(tokenizer, tasks, context=context, max_tokens=sampling.max_tokens, template=template)
     # The prompt's id seeds its sampling, so it is part of the request.
-    hashes = [digest([source, asdict(sampling), p.id, p.tokens.tolist()]) for p in prompts]
+    hashes = [digest([source, asdict(sampling), prompt.id, prompt.tokens.tolist()]) for prompt in prompts]
     kept: dict[tuple[int, int], Answered] = {}
-    missing: list[int] = []
-    for index, task in enumerate(tasks):
-        found = _stored(store, task, hashes[index], sampling.n, tokenizer.decode(prompts[index].tokens))
-        if found is None:
-            missing.append(index)
-        else:
-            kept.update({(index, answered.sample): answered for answered in found})
+    missing: list[Prompt] = []
+    for prompt, task, request in zip(prompts, tasks, hashes):
+        found = _stored(store, task, request, sampling.n, tokenizer.decode(prompt.tokens))
+        kept.update({(prompt.id, answered.sample): answered for answered in found})
+        if not found:
+            missing.append(prompt)
     progress(len(tasks) - len(missing))
     at_once = max(1, _CHUNK // sampling.n)
     for first in range(0, len(missing), at_once):
         part = missing[first : first + at_once]
-        for completion in engine().generate([prompts[index] for index in part], sampling):
+        for completion in engine().generate(part, sampling):
             index = completion.prompt_id
-            task = tasks[index]
-            if completion.finish_reason == "abort":
-                raise WorkerError(f"the engine gave up the answer to line {task.line} of the data; run again")
-            answered = Answered(
-                task=task,
-                sample=completion.sample,
-                prompt=tokenizer.decode(prompts[index].tokens),
-                completion=tokenizer.decode(completion.tokens),
-                tokens=len(completion.tokens),
-                finish_reason=completion.finish_reason,
-            )
+            answered = _answered(tasks[index], tokenizer.decode(prompts[index].tokens), completion, tokenizer)
             kept[index, completion.sample] = answered
             _keep(store, answered, hashes[index])
         progress(len(part))
     return [kept[index, sample] for index in range(len(tasks)) for sample in range(sampling.n)]
 
 
-def _stored(store: Store | None, task: Task, request: str, samples: int, prompt: str) -> list[Answered] | None:
-    """All samples of a task, if the store has them."""
+def _render(
+    tokenizer: Tokenizer, tasks: Sequence[Task], *, context: int, max_tokens: int, template: str
+) -> list[Prompt]:
+    """The prompts, numbered by their tasks."""
+    room = context - max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"max_tokens {max_tokens} leaves no room for a prompt in a context of {context} tokens; "
+            "lower max_tokens or raise context"
+        )
+    return [
+        Prompt(id=index, tokens=render_prompt(tokenizer, task.content, template=template, max_tokens=room))
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _answered(task: Task, prompt: str, completion: Completion, tokenizer: Tokenizer) -> Answered:
+    if completion.finish_reason == "abort":
+        raise WorkerError(f"the engine gave up the answer to line {task.line} of the data; run again")
+    return Answered(
+        task=task,
+        sample=completion.sample,
+        prompt=prompt,
+        completion=tokenizer.decode(completion.tokens),
+        tokens=len(completion.tokens),
+        finish_reason=completion.finish_reason,
+    )
+
+
+def _stored(store: Store | None, task: Task, request: str, samples: int, prompt: str) -> list[Answered]:
+    """All samples of a task, or none of them if the store lacks one."""
     if store is None:
-        return None
+        return []
     found: list[Answered] = []
     for sample in range(samples):
         record = store.get((task.line, sample, request))
         if record is None:
-            return None
+            return []
         reason: FinishReason = "length" if record["finish_reason"] == "length" else "stop"
         found.append(
             Answered(
