@@ -6,6 +6,7 @@ from align_algos.losses.dpo import dpo_loss
 from align_algos.losses.dr_grpo import dr_grpo_loss
 from align_algos.losses.entropy import entropy_loss
 from align_algos.losses.grpo import grpo_loss
+from align_algos.losses.gspo import gspo_loss
 from align_algos.losses.hinge import hinge_loss
 from align_algos.losses.ipo import ipo_loss
 from align_algos.losses.kl_penalty import kl_loss
@@ -17,8 +18,8 @@ from align_algos.losses.ppo_policy import ppo_policy_loss
 from align_algos.losses.registry import Loss, get_loss, loss_names, register_loss
 from align_algos.losses.reinforce_pp import reinforce_pp_loss
 from align_algos.losses.reward import count_pairs, reward_loss
+from align_algos.losses.rloo import rloo_loss
 from align_algos.losses.robust_dpo import robust_dpo_loss
-from align_algos.losses.sequence_policy import gspo_loss, rloo_loss
 from align_algos.losses.sft import sft_loss
 from align_algos.losses.sft_mixing import sft_mixing_loss
 from align_algos.losses.simpo import simpo_loss
