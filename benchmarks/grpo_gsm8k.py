@@ -77,7 +77,7 @@ def _words(options: argparse.Namespace, seed: int, train: Path, test: Path, out:
         *("--sampling.n", "8", "--sampling.max_tokens", str(options.max_tokens), "--engine.context", str(context)),
         *("--engine.max_sequences", str(8 * options.prompts), "--engine.dtype", options.dtype),
         *("--engine.memory_fraction", "0.3", "--engine.sleep", "false", "--training.dtype", options.dtype),
-        *("--sampling.seeded", "false"),  # TRL's samples have no seed of their own either
+        *("--scoring.workers", "4", "--sampling.seeded", "false"),  # TRL's samples have no seed of their own either
         *("--training.micro_batch_tokens", str(options.micro_batch_tokens)),
         *("--optimizer.lr", "1e-6", "--optimizer.schedule", "constant", "--optimizer.beta2", "0.999"),
         *("--reward", f"math=1,{task}:strict={gsm8k_task.STRICT_WEIGHT}", "--eval_reward", f"math=1,{task}:strict=0"),

@@ -6,6 +6,7 @@ spread over seeds.
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from align_core.config import (
     DpoConfig,
@@ -20,6 +21,7 @@ from align_core.config import (
     OnlineDpoLoss,
     OptimizerConfig,
     ParallelConfig,
+    PolicyConfig,
     RewardConfig,
     RlhfConfig,
     SamplingConfig,
@@ -30,6 +32,7 @@ from align_core.config import (
 
 _CONTEXT = 64  # a question with its template is about 30 tokens, an answer at most 5
 _TWO_RANKS = ParallelConfig(tensor=2)
+Policy = TypeVar("Policy", bound=PolicyConfig)
 
 
 def sft(model: Path, data: Path, out: Path) -> SftConfig:
@@ -62,64 +65,46 @@ def reward(model: Path, data: Path, out: Path) -> RewardConfig:
 
 def grpo(model: Path, data: Path, out: Path) -> GrpoConfig:
     """Groups of eight; the first steps already find the right answers that SFT made unlikely."""
-    return GrpoConfig(
-        model=model,
-        data=data,
-        out=out,
-        steps=50,
-        batch_size=64,
-        max_length=_CONTEXT,
-        save_every=10,
-        parallel=_TWO_RANKS,
-        reward_model_parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
-        loss=GrpoLoss(kl_coef=0.0),
-        sampling=SamplingConfig(n=8, max_tokens=8),
-        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
-    )
+    return _policy(GrpoConfig, model, data, out, loss=GrpoLoss(kl_coef=0.0))
 
 
 def rlhf(model: Path, data: Path, out: Path) -> RlhfConfig:
     """PPO, four completions a prompt; a strong pull to the SFT model: the tiny reward model can be fooled."""
-    return RlhfConfig(
-        model=model,
+    return _policy(
+        RlhfConfig,
+        model,
+        data,
+        out,
         reward_model=model,  # a placeholder, as all paths of a recipe are
-        data=data,
-        out=out,
-        steps=50,
         batch_size=96,
-        max_length=_CONTEXT,
-        save_every=10,
-        parallel=_TWO_RANKS,
-        reward_model_parallel=_TWO_RANKS,
+        sampling=SamplingConfig(n=4, max_tokens=8),
         value_parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
         value_optimizer=OptimizerConfig(lr=1e-3, schedule="cosine", warmup_steps=2),
         value_warmup=3,
         value_loss=ValueLoss(clip=None),
         kl=KlConfig(coef=0.1),
-        sampling=SamplingConfig(n=4, max_tokens=8),
-        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
     )
 
 
 def online_dpo(model: Path, data: Path, out: Path) -> OnlineDpoConfig:
-    """Groups of eight, best against all worse; beta as for dpo, times the length that its mean divides by."""
-    return OnlineDpoConfig(
-        model=model,
-        data=data,
-        out=out,
-        steps=50,
-        batch_size=64,
-        max_length=_CONTEXT,
-        save_every=10,
-        parallel=_TWO_RANKS,
-        reward_model_parallel=_TWO_RANKS,
-        optimizer=OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
-        loss=OnlineDpoLoss(beta=0.5),
-        sampling=SamplingConfig(n=8, max_tokens=8),
-        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
-    )
+    """Groups of eight, all pairs; beta as for dpo, times the length that its mean divides by."""
+    return _policy(OnlineDpoConfig, model, data, out, loss=OnlineDpoLoss(beta=0.5))
+
+
+def _policy(kind: type[Policy], model: Path, data: Path, out: Path, **own: Any) -> Policy:
+    """What the stages that sample share here, and a stage's own settings over it."""
+    shared: dict[str, Any] = {
+        "steps": 50,
+        "batch_size": 64,
+        "max_length": _CONTEXT,
+        "save_every": 10,
+        "parallel": _TWO_RANKS,
+        "reward_model_parallel": _TWO_RANKS,
+        "optimizer": OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
+        "sampling": SamplingConfig(n=8, max_tokens=8),
+        "engine": EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
+    }
+    return kind(model=model, data=data, out=out, **{**shared, **own})
 
 
 def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
