@@ -1,0 +1,135 @@
+"""When completions are sampled and with which weights: before each update, one update ahead, or all the time.
+
+`sync`          send the weights of now, sample, train: nothing overlaps, everything is on policy.
+`one_step_off`  while step k trains, the engine samples step k + 1 with the weights from before that update.
+`async`         the engine never stops; see `align_core.stages.stream`.
+
+A stage asks for the rollout of a step and need not know which. The version of weights is the number of steps done.
+Knows nothing about policies, rewards and losses: `send` is the caller's way to give the engine new weights.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from align_core.config import PolicyConfig
+from align_core.contracts import RolloutEngine
+from align_core.stages.carried import from_text, to_text
+from align_core.stages.clock import Clock
+from align_core.stages.rollout import Prompts, Rollout, assemble, collect, training_sampling
+from align_core.stages.stream import Stream
+
+Send = Callable[[RolloutEngine], None]
+"""Gives the engine the weights of the step and evaluates them where that is due, on the engine that it is called with."""
+
+_AHEAD = "schedule.ahead"  # key in a checkpoint's record
+
+
+class Schedule(Protocol):
+    """Where a step's completions come from; a `Stateful` of the run."""
+
+    def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
+        """The completions that step `step` trains on; calls `send` once on the way."""
+        ...
+
+    def state(self) -> Mapping[str, str]:
+        """What is sampled but not trained on."""
+        ...
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """Continues from `state`."""
+        ...
+
+    def close(self) -> None:
+        """Stops what samples in the background."""
+        ...
+
+
+def open_schedule(config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> Schedule:
+    """The schedule that `config.schedule` names."""
+    kinds = {"sync": Synchronous, "one_step_off": OneStepOff, "async": Continuous}
+    return kinds[config.schedule.kind](config, engine, prompts)
+
+
+class Synchronous:
+    """Weights, then completions."""
+
+    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> None:
+        self._config, self._engine, self._prompts = config, engine, prompts
+        self._sampling = training_sampling(config)
+
+    def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
+        """See `Schedule`."""
+        send(self._engine)
+        rollout = self._collect(step, version=step)
+        clock.lap("generate")
+        return rollout
+
+    def state(self) -> Mapping[str, str]:
+        """Nothing waits between steps."""
+        return {}
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """Nothing to restore."""
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _collect(self, step: int, version: int) -> Rollout:
+        return collect(self._engine, self._prompts.of_step(step), sampling=self._sampling, version=version)
+
+
+class OneStepOff(Synchronous):
+    """A thread waits for the engine while the caller trains."""
+
+    _ahead: Future[Rollout] | None = None
+    _thread: ThreadPoolExecutor | None = None
+
+    def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
+        """The completions sampled during the step before; those of the first step, and of none other, are fresh."""
+        ready = self._ahead.result() if self._ahead else None
+        clock.lap("generate")
+        send(self._engine)
+        if ready is None:
+            ready = self._collect(step, version=step)
+            clock.lap("generate")
+        self._ahead = None
+        if step + 1 < self._config.steps:
+            self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="align-rollout")
+            self._ahead = self._thread.submit(self._collect, step + 1, step)
+        return ready
+
+    def state(self) -> Mapping[str, str]:
+        """Waits for what is being sampled: the weights that sample it are not kept."""
+        return {_AHEAD: to_text(self._ahead.result().completions)} if self._ahead else {}
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """The completions of the next step are there already."""
+        if _AHEAD in state:
+            completions = from_text(state[_AHEAD])
+            step = completions[0].prompt_id // self._config.batch_size
+            self._ahead = Future()
+            self._ahead.set_result(assemble(self._prompts.of_step(step), completions))
+
+    def close(self) -> None:
+        """Does not wait: the engine may be slow, or dead."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class Continuous:
+    """Completions from a stream that goes on while the weights change."""
+
+    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> None:
+        self._stream = Stream(config, engine, prompts)
+        self.state, self.restore = self._stream.state, self._stream.restore
+
+    def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
+        """See `Schedule`."""
+        send(self._stream)
+        rollout = self._stream.take(step)
+        clock.lap("generate")
+        return rollout
+
+    def close(self) -> None:
+        """The engine's own end is the world's concern."""

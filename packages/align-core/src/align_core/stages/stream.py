@@ -1,0 +1,179 @@
+"""A stream of completions from an engine that does not wait for the trainer, with a bound on their staleness.
+
+The staleness of a group is the number of updates between the weights that sampled its first token and those that it
+trains. Two rules keep it within `schedule.max_staleness` S, whatever the order in which groups end:
+
+    Admission    when step k is next, groups of the steps up to k + S are under way or waiting, never more.
+    Deadline     step k takes first the groups admitted at step k - S or before, for which it is the last chance, and
+                 waits for them; then whichever ended first. (Of what was admitted by step k - S, S + 1 batches were
+                 outstanding then at most, and S have been taken since: they fit.)
+
+With S = 0 a step's own prompts are sampled with the weights of that step and nothing else is: the synchronous
+algorithm. `engine.in_flight` says what new weights do to completions under way; with `continue` they are partial
+rollouts, begun by one version and ended by another.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from align_core.config import PolicyConfig, SamplingConfig
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, WeightSink
+from align_core.errors import ConfigError, SyncError, WorkerError
+from align_core.stages.carried import from_text, to_text
+from align_core.stages.rollout import Prompts, Question, Rollout, assemble, training_sampling
+from align_core.types import Completion, Prompt
+
+# Keys in a checkpoint's record.
+_GROUPS = "schedule.groups"
+_ENDED = "schedule.ended"
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """The completions of one question."""
+
+    question: Question
+    admitted: int
+    """The step that was next when it was submitted."""
+    completions: list[Completion] = field(default_factory=list)
+
+
+class Stream:
+    """Submits, polls and hands out whole groups; also an engine for evaluations, which run between the groups."""
+
+    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> None:
+        """Raises ConfigError when the engine cannot sample in the background."""
+        if not isinstance(engine, SupportsAsyncGenerate):
+            raise ConfigError(
+                f"engine {config.engine.name!r} cannot sample in the background; set schedule.kind to 'sync' or "
+                "'one_step_off', or choose another engine"
+            )
+        self._config, self._prompts = config, prompts
+        self._sampling = training_sampling(config)
+        self._background: SupportsAsyncGenerate = engine
+        self._engine: RolloutEngine = engine
+        self._admitted = 0
+        """Groups admitted so far: those with the prompt ids below."""
+        self._again: list[int] = []
+        """Ids of groups that were under way at the checkpoint."""
+        self._groups: dict[int, _Group] = {}
+        """Under way or ended, and not taken yet."""
+        self._ended: list[int] = []
+        """Ids of those that ended, in that order."""
+        self._aside: dict[int, list[Completion]] = {}
+        """Completions of an evaluation."""
+
+    def take(self, step: int) -> Rollout:
+        """A batch for step `step`, whose weights the engine holds; in the order of the prompt ids.
+
+        Raises:
+            SyncError: a completion is staler than the bound.
+        """
+        self._admit(step)
+        oldest, size = step - self._config.schedule.max_staleness, self._config.batch_size
+        due = {id for id, group in self._groups.items() if group.admitted <= oldest}
+        while len(self._ended) < size or not due <= set(self._ended):
+            self._receive()
+        chosen = sorted([*due, *[id for id in self._ended if id not in due][: size - len(due)]])
+        self._ended = [id for id in self._ended if id not in set(chosen)]
+        groups = [self._groups.pop(id) for id in chosen]
+        completions = [c for group in groups for c in _in_order(group.completions)]
+        _check_staleness(completions, oldest=oldest)
+        return assemble([group.question for group in groups], completions)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
+        """Completions of other prompts, which join those under way; see `align_core.contracts.RolloutEngine`."""
+        self._aside = {prompt.id: [] for prompt in prompts}
+        self._background.submit(prompts, sampling)
+        while sum(map(len, self._aside.values())) < len(prompts) * sampling.n:
+            self._receive()
+        aside, self._aside = self._aside, {}
+        return [c for prompt in prompts for c in _in_order(aside[prompt.id])]
+
+    def weight_sink(self) -> WeightSink:
+        """The engine's."""
+        return self._engine.weight_sink()
+
+    def close(self) -> None:
+        """Closes the engine."""
+        self._engine.close()
+
+    def state(self) -> Mapping[str, str]:
+        """The groups that ended, with their completions; of those under way the ids."""
+        self._sort_out(self._background.poll(0.0))
+        ended = [self._groups[id] for id in self._ended]
+        record = {
+            "admitted": self._admitted,
+            "ended": [[group.question.prompt.id, group.admitted] for group in ended],
+            "under_way": sorted(set(self._groups) - set(self._ended) | set(self._again)),
+        }
+        return {_GROUPS: json.dumps(record), _ENDED: to_text([c for group in ended for c in group.completions])}
+
+    def restore(self, state: Mapping[str, str]) -> None:
+        """What had ended is there; what was under way is submitted again at the next step, for its weights to sample."""
+        if _GROUPS not in state:
+            return
+        record = json.loads(state[_GROUPS])
+        self._admitted, self._again = record["admitted"], list(record["under_way"])
+        questions = self._questions(id for id, _ in record["ended"])
+        self._groups = {
+            id: _Group(question=question, admitted=admitted)
+            for question, (id, admitted) in zip(questions, record["ended"])
+        }
+        for completion in from_text(state[_ENDED]):
+            self._groups[completion.prompt_id].completions.append(completion)
+        self._ended = list(self._groups)
+
+    def _admit(self, step: int) -> None:
+        last_step = min(step + self._config.schedule.max_staleness, self._config.steps - 1)
+        last = (last_step + 1) * self._config.batch_size
+        ids = [*self._again, *range(self._admitted, last)]
+        self._admitted, self._again = max(self._admitted, last), []
+        self._submit([_Group(question=question, admitted=step) for question in self._questions(ids)])
+
+    def _submit(self, groups: Sequence[_Group]) -> None:
+        if groups:
+            self._groups |= {group.question.prompt.id: group for group in groups}
+            self._background.submit([group.question.prompt for group in groups], self._sampling)
+
+    def _questions(self, ids: Iterable[int]) -> list[Question]:
+        """The questions of these prompt ids."""
+        size = self._config.batch_size
+        wanted = list(ids)
+        steps = {step: self._prompts.of_step(step) for step in {id // size for id in wanted}}
+        return [steps[id // size][id % size] for id in wanted]
+
+    def _receive(self) -> None:
+        found = self._background.poll()
+        if not found:
+            raise WorkerError("the engine has nothing under way, but completions are missing; run the command again")
+        self._sort_out(found)
+
+    def _sort_out(self, found: Sequence[Completion]) -> None:
+        """Each completion to its group; a group of which one was cut short is sampled again as a whole."""
+        for completion in found:
+            if completion.prompt_id in self._aside:
+                self._aside[completion.prompt_id].append(completion)
+                continue
+            group = self._groups[completion.prompt_id]
+            group.completions.append(completion)
+            if len(group.completions) < self._sampling.n:
+                continue
+            if any(one.finish_reason == "abort" for one in group.completions):
+                self._submit([_Group(question=group.question, admitted=group.admitted)])
+            else:
+                self._ended.append(completion.prompt_id)
+
+
+def _in_order(completions: Iterable[Completion]) -> list[Completion]:
+    return sorted(completions, key=lambda completion: completion.sample)
+
+
+def _check_staleness(completions: Sequence[Completion], *, oldest: int) -> None:
+    stale = [c for c in completions if c.version < oldest]
+    if stale:
+        raise SyncError(
+            f"{len(stale)} completions were begun by weights older than version {oldest}, the first of prompt "
+            f"{stale[0].prompt_id} by version {stale[0].version}"
+        )
