@@ -718,6 +718,22 @@ class CorrectionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """When completions are sampled, and how old the weights that sample them may be."""
+
+    kind: Literal["sync", "one_step_off", "async"] = "sync"
+    """`sync`: sample, then train, by turns. `one_step_off`: sample the next step while this one trains. `async`: sample
+    all the time; `engine.in_flight` says what becomes of completions under way when new weights come."""
+    max_staleness: int = 1
+    """Of `async`: most updates between the weights that begin a completion and those that it trains, which is also how
+    many steps a long completion has to end; 0 is `sync`. Learning suffers beyond 4 to 8 (Fu et al. 2025, AReaL)."""
+
+    def __post_init__(self) -> None:
+        if self.max_staleness < 0:
+            raise ConfigError(f"max_staleness must not be negative, got {self.max_staleness}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PolicyConfig(StageConfig):
     """What the stages that sample share: prompts, engine, rewards, evaluation."""
 
@@ -736,6 +752,8 @@ class PolicyConfig(StageConfig):
     """Completions a prompt (n; the tutorial's 8) and lengths."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """The rollout engine."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Whether sampling and training take turns or overlap."""
     eval_data: Path | None = None
     """Held-out prompts; the mean reward of greedy answers to them is logged as `eval_reward`."""
     eval_reward: str = ""
@@ -761,6 +779,11 @@ class PolicyConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "updates_per_rollout", "eval_every", "canary_threshold", "sft_batch_size")
+        if self.schedule.kind != "sync" and (self.cluster.in_process or self.cluster.placement == "colocated"):
+            raise ConfigError(
+                f"schedule.kind {self.schedule.kind!r} samples while it trains, which needs devices for each; set "
+                "cluster.placement to 'disaggregated' and leave cluster.in_process off"
+            )
         if self.uses_reward_model and self.reward_model is None:
             raise ConfigError("reward 'model' needs the directory of a reward model; give --reward_model DIR")
         if self.reward_model is not None and not self.needs_reward_model:

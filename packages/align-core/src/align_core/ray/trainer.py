@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
+from align_core.ray.shared import reachable
 from align_core.ray.source import DirectWorkersSource, SharedMemorySource
 from align_core.ray.workers import WorkerGroup
 from align_core.types import Batch
@@ -105,8 +107,14 @@ class RayTrainer:
             shutil.rmtree(Path(self._meeting.removeprefix("file://")).parent, ignore_errors=True)
 
     def _first(self, method: str, *arguments: object) -> Any:
-        shared = [ray.put(argument) if isinstance(argument, Batch) else argument for argument in arguments]
-        return self._workers.call_first(method, *shared)
+        with ExitStack() as stack:
+            shared = [
+                stack.enter_context(reachable(argument, everyone_here=self._workers.on_this_node))
+                if isinstance(argument, Batch)
+                else argument
+                for argument in arguments
+            ]
+            return self._workers.call_first(method, *shared)
 
 
 # torch and megatron belong to the workers; the driver runs without them.

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from align_core.errors import AlignError, WorkerError
 from align_core.ray import logs, progress
 from align_core.ray.logs import Whereabouts
+from align_core.ray.shared import opened
 
 # When one rank fails, ranks that wait for it may fail first; so much later the cause has shown itself too.
 _GRACE_S = 3.0
@@ -65,7 +66,7 @@ class Host:
 
     def call(self, target: str, method: str, answers: bool, *arguments: Any) -> Any:
         """`object.method(*arguments)` if it `answers`, else nothing; or the Failure it ended in."""
-        result = self._guarded(method, lambda: getattr(self._targets[target], method)(*arguments))
+        result = self._guarded(method, lambda: getattr(self._targets[target], method)(*opened(arguments)))
         return result if answers or isinstance(result, Failure) else None
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -126,6 +127,8 @@ class Processes:
         ]
         self.whereabouts: list[Whereabouts] = []
         self.whereabouts = self.collect([actor.whereabouts.remote() for actor in self.actors], "start")
+        here = ray.get_runtime_context().get_node_id()
+        self.on_this_node = all(found.node_id == here for found in self.whereabouts)
 
     def collect(self, pending: Sequence[Any], method: str, *, role: str = "", ranks: Sequence[int] = ()) -> list[Any]:
         """What the calls `pending` of `ranks` (all, if not said) give; the first failure ends all processes.
@@ -139,14 +142,13 @@ class Processes:
         results: list[Any] = [None] * len(order)
         waiting = list(pending)
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
-            found = {order[reference]: _result(reference) for reference in done}
-            if any(isinstance(result, (Failure, RayActorError)) for result in found.values()):
+            found, waiting = _next(waiting)
+            if any(isinstance(result, (Failure, RayActorError)) for _, result in found):
                 late, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_GRACE_S) if waiting else ([], [])
-                found |= {order[reference]: _result(reference) for reference in late}
-                self._fail(role or self.role, method, {ranks[index]: result for index, result in found.items()})
-            for index, result in found.items():
-                results[index] = result
+                found += [(reference, _result(reference)) for reference in late]
+                self._fail(role or self.role, method, {ranks[order[reference]]: result for reference, result in found})
+            for reference, result in found:
+                results[order[reference]] = result
         return results
 
     def close(self) -> None:
@@ -199,6 +201,11 @@ class WorkerGroup:
     def __len__(self) -> int:
         return len(self.processes.places)
 
+    @property
+    def on_this_node(self) -> bool:
+        """Whether all workers share a node with the caller."""
+        return self.processes.on_this_node
+
     def build(self, makers: Sequence[Callable[[], Any]]) -> None:
         """Makes each worker's object in its process."""
         actors = self.processes.actors
@@ -235,6 +242,17 @@ class WorkerGroup:
             for rank, actor in enumerate(self.processes.actors)
         ]
         return self.processes.collect(pending, method, role=self.role)
+
+
+def _next(waiting: list[Any]) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    """Waits until a call has ended; every one that has, with its result, and those that have not."""
+    first, waiting = ray.wait(waiting, num_returns=1)
+    others, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
+    done = [*first, *others]
+    try:
+        return list(zip(done, ray.get(done))), waiting
+    except RayActorError:  # of one of them; the others have results
+        return [(reference, _result(reference)) for reference in done], waiting
 
 
 def _result(reference: Any) -> Any:

@@ -3,8 +3,10 @@
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from align_core.errors import CheckpointError
 from align_core.types import Completion, FinishReason
@@ -14,7 +16,7 @@ _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 
 def to_text(completions: Sequence[Completion]) -> str:
     """All of `completions`, exactly."""
-    columns = {
+    columns: dict[str, Any] = {
         "prompt_id": np.asarray([c.prompt_id for c in completions], np.int64),
         "sample": np.asarray([c.sample for c in completions], np.int64),
         "finish_reason": np.asarray([_REASONS.index(c.finish_reason) for c in completions], np.int8),
@@ -53,5 +55,6 @@ def from_text(text: str) -> list[Completion]:
         raise CheckpointError(f"the completions in the checkpoint are damaged: {error}; remove it") from error
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
+def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+    joined: NDArray[Any] = np.concatenate([np.zeros(0, dtype), *parts])
+    return joined.astype(dtype)

@@ -20,7 +20,7 @@ from align_core.stages.rollout import Prompts, Rollout, assemble, collect, train
 from align_core.stages.stream import Stream
 
 Send = Callable[[RolloutEngine], None]
-"""Gives the engine the weights of the step and evaluates them where that is due, on the engine that it is called with."""
+"""Gives the engine that it is called with the weights of the step, and evaluates them where that is due."""
 
 _AHEAD = "schedule.ahead"  # key in a checkpoint's record
 
@@ -47,7 +47,11 @@ class Schedule(Protocol):
 
 def open_schedule(config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> Schedule:
     """The schedule that `config.schedule` names."""
-    kinds = {"sync": Synchronous, "one_step_off": OneStepOff, "async": Continuous}
+    kinds: Mapping[str, Callable[[PolicyConfig, RolloutEngine, Prompts], Schedule]] = {
+        "sync": Synchronous,
+        "one_step_off": OneStepOff,
+        "async": Continuous,
+    }
     return kinds[config.schedule.kind](config, engine, prompts)
 
 

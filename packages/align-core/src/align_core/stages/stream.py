@@ -1,16 +1,13 @@
 """A stream of completions from an engine that does not wait for the trainer, with a bound on their staleness.
 
-The staleness of a group is the number of updates between the weights that sampled its first token and those that it
-trains. Two rules keep it within `schedule.max_staleness` S, whatever the order in which groups end:
+The staleness of a completion is the number of updates between the weights that sampled its first token and those that
+it trains. Before step k the prompts of the steps up to k + S are under way or waiting, never more, and step k takes its
+own prompts, waiting for those that have not ended: they were submitted at step k - S, so none is staler than S =
+`schedule.max_staleness`, and a long completion has S steps to end before anything waits for it. Each step trains on the
+same prompts as it would synchronously, and with S = 0 nothing else differs either.
 
-    Admission    when step k is next, groups of the steps up to k + S are under way or waiting, never more.
-    Deadline     step k takes first the groups admitted at step k - S or before, for which it is the last chance, and
-                 waits for them; then whichever ended first. (Of what was admitted by step k - S, S + 1 batches were
-                 outstanding then at most, and S have been taken since: they fit.)
-
-With S = 0 a step's own prompts are sampled with the weights of that step and nothing else is: the synchronous
-algorithm. `engine.in_flight` says what new weights do to completions under way; with `continue` they are partial
-rollouts, begun by one version and ended by another.
+`engine.in_flight` says what new weights do to completions under way; with `continue` they are partial rollouts, begun
+by one version and ended by another.
 """
 
 import json
@@ -31,11 +28,9 @@ _ENDED = "schedule.ended"
 
 @dataclass(kw_only=True)
 class _Group:
-    """The completions of one question."""
+    """The completions of one question that have ended."""
 
     question: Question
-    admitted: int
-    """The step that was next when it was submitted."""
     completions: list[Completion] = field(default_factory=list)
 
 
@@ -54,32 +49,27 @@ class Stream:
         self._background: SupportsAsyncGenerate = engine
         self._engine: RolloutEngine = engine
         self._admitted = 0
-        """Groups admitted so far: those with the prompt ids below."""
+        """Prompt ids below are under way, ended or taken."""
         self._again: list[int] = []
-        """Ids of groups that were under way at the checkpoint."""
+        """Ids of those that were under way at the checkpoint."""
         self._groups: dict[int, _Group] = {}
-        """Under way or ended, and not taken yet."""
-        self._ended: list[int] = []
-        """Ids of those that ended, in that order."""
+        """By prompt id: under way or ended, and not taken yet."""
         self._aside: dict[int, list[Completion]] = {}
         """Completions of an evaluation."""
 
     def take(self, step: int) -> Rollout:
-        """A batch for step `step`, whose weights the engine holds; in the order of the prompt ids.
+        """The batch of step `step`, whose weights the engine holds.
 
         Raises:
             SyncError: a completion is staler than the bound.
         """
         self._admit(step)
-        oldest, size = step - self._config.schedule.max_staleness, self._config.batch_size
-        due = {id for id, group in self._groups.items() if group.admitted <= oldest}
-        while len(self._ended) < size or not due <= set(self._ended):
+        ids = range(step * self._config.batch_size, (step + 1) * self._config.batch_size)
+        while not all(self._ended(id) for id in ids):
             self._receive()
-        chosen = sorted([*due, *[id for id in self._ended if id not in due][: size - len(due)]])
-        self._ended = [id for id in self._ended if id not in set(chosen)]
-        groups = [self._groups.pop(id) for id in chosen]
+        groups = [self._groups.pop(id) for id in ids]
         completions = [c for group in groups for c in _in_order(group.completions)]
-        _check_staleness(completions, oldest=oldest)
+        _check_staleness(completions, oldest=step - self._config.schedule.max_staleness)
         return assemble([group.question for group in groups], completions)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
@@ -100,42 +90,41 @@ class Stream:
         self._engine.close()
 
     def state(self) -> Mapping[str, str]:
-        """The groups that ended, with their completions; of those under way the ids."""
+        """The completions of the questions that ended; the ids of those that are under way."""
         self._sort_out(self._background.poll(0.0))
-        ended = [self._groups[id] for id in self._ended]
-        record = {
-            "admitted": self._admitted,
-            "ended": [[group.question.prompt.id, group.admitted] for group in ended],
-            "under_way": sorted(set(self._groups) - set(self._ended) | set(self._again)),
+        ended = [group for id, group in self._groups.items() if self._ended(id)]
+        under_way = sorted({*self._again, *(id for id in self._groups if not self._ended(id))})
+        return {
+            _GROUPS: json.dumps({"admitted": self._admitted, "under_way": under_way}),
+            _ENDED: to_text([c for group in ended for c in group.completions]),
         }
-        return {_GROUPS: json.dumps(record), _ENDED: to_text([c for group in ended for c in group.completions])}
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """What had ended is there; what was under way is submitted again at the next step, for its weights to sample."""
+        """What had ended is there; what was under way is submitted again at the next step, to its weights."""
         if _GROUPS not in state:
             return
         record = json.loads(state[_GROUPS])
         self._admitted, self._again = record["admitted"], list(record["under_way"])
-        questions = self._questions(id for id, _ in record["ended"])
-        self._groups = {
-            id: _Group(question=question, admitted=admitted)
-            for question, (id, admitted) in zip(questions, record["ended"])
-        }
-        for completion in from_text(state[_ENDED]):
+        completions = from_text(state[_ENDED])
+        ids = list(dict.fromkeys(completion.prompt_id for completion in completions))
+        self._groups = {id: _Group(question=question) for id, question in zip(ids, self._questions(ids))}
+        for completion in completions:
             self._groups[completion.prompt_id].completions.append(completion)
-        self._ended = list(self._groups)
+
+    def _ended(self, id: int) -> bool:
+        return len(self._groups[id].completions) == self._sampling.n
 
     def _admit(self, step: int) -> None:
         last_step = min(step + self._config.schedule.max_staleness, self._config.steps - 1)
         last = (last_step + 1) * self._config.batch_size
         ids = [*self._again, *range(self._admitted, last)]
         self._admitted, self._again = max(self._admitted, last), []
-        self._submit([_Group(question=question, admitted=step) for question in self._questions(ids)])
+        self._submit(self._questions(ids))
 
-    def _submit(self, groups: Sequence[_Group]) -> None:
-        if groups:
-            self._groups |= {group.question.prompt.id: group for group in groups}
-            self._background.submit([group.question.prompt for group in groups], self._sampling)
+    def _submit(self, questions: Sequence[Question]) -> None:
+        if questions:
+            self._groups |= {question.prompt.id: _Group(question=question) for question in questions}
+            self._background.submit([question.prompt for question in questions], self._sampling)
 
     def _questions(self, ids: Iterable[int]) -> list[Question]:
         """The questions of these prompt ids."""
@@ -158,12 +147,8 @@ class Stream:
                 continue
             group = self._groups[completion.prompt_id]
             group.completions.append(completion)
-            if len(group.completions) < self._sampling.n:
-                continue
-            if any(one.finish_reason == "abort" for one in group.completions):
-                self._submit([_Group(question=group.question, admitted=group.admitted)])
-            else:
-                self._ended.append(completion.prompt_id)
+            if self._ended(completion.prompt_id) and any(one.finish_reason == "abort" for one in group.completions):
+                self._submit([group.question])
 
 
 def _in_order(completions: Iterable[Completion]) -> list[Completion]:
