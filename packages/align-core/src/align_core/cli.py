@@ -26,7 +26,7 @@ from align_core.config import (
     StageConfig,
 )
 from align_core.contracts import Command
-from align_core.errors import AlignError, ConfigError, WorkerError, missing_dependency, unknown_name
+from align_core.errors import AlignError, ConfigError, Stopped, WorkerError, missing_dependency, unknown_name
 from align_core.stages.world import World
 
 Config = StageConfig | ResponsesConfig
@@ -50,7 +50,7 @@ _HELP = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `align WORDS`; returns the exit status: 0 fine, 2 an error the user can act on, 130 interrupted."""
+    """Runs `align WORDS`; returns the status: 0 fine, 2 an error the user can act on, 130 interrupted, 143 stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except SystemExit as leaving:  # an argument parser has printed its help, or what was wrong
         return leaving.code if isinstance(leaving.code, int) else 2
+    except Stopped as stopped:
+        console.print(f"align: {stopped}; run the same command again to continue", markup=False, soft_wrap=True)
+        return 143
     except AlignError as error:
         console.print(f"align: error: {error}", style="red", markup=False, soft_wrap=True)
         return 2

@@ -32,6 +32,10 @@ class MissingDependencyError(AlignError):
     """An optional package is needed; the message carries the pip line."""
 
 
+class Stopped(AlignError):
+    """The run was asked to stop, and has saved what continues it."""
+
+
 class WorkerError(AlignError):
     """A worker process failed; carries the worker's own error, its rank and the end of its log."""
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align_core.config import KlConfig, StageConfig
-from align_core.errors import DataError
+from align_core.config import ClusterConfig, KlConfig, ScheduleConfig, StageConfig
+from align_core.errors import DataError, Stopped
 from align_core.stages.dpo import run_dpo
 from align_core.stages.grpo import run_grpo
 from align_core.stages.kto import run_kto
@@ -165,3 +167,45 @@ def test_changed_data_before_the_first_checkpoint_starts_anew(
     untrained = fake_world().trainer(world.trainers[0].config)
     for batch in world.trainers[0].seen:
         np.testing.assert_array_equal(batch.token_column("reference_logprobs"), untrained.logprobs(batch))
+
+
+@pytest.mark.parametrize("crash_after", [7, 20, 33])
+def test_one_step_off_continues_with_the_completions_that_waited(
+    crash_after: int, make_config: Callable[..., StageConfig], fake_world: Callable[..., Any]
+) -> None:
+    """The step after a checkpoint trains on what older weights sampled before it; they are in the checkpoint."""
+    changes = {"schedule": ScheduleConfig(kind="one_step_off"), "cluster": ClusterConfig(placement="disaggregated")}
+    whole = make_config("grpo", out="whole", **changes)
+    run_grpo(whole, fake_world())
+    config = make_config("grpo", out="crashed", **changes)
+    with pytest.raises(Exception, match=r"."):
+        run_grpo(config, fake_world(crash_at=crash_after))
+    run_grpo(config, fake_world())
+    assert metrics(config.out) == metrics(whole.out)
+    assert [line["staleness"] for line in metrics(whole.out)] == [0, 1, 1, 1, 1, 1]
+    assert "canary_mean" in metrics(whole.out)[0] and "canary_mean" not in metrics(whole.out)[1]
+
+
+def test_sigterm_ends_the_step_saves_and_stops(
+    make_config: Callable[..., StageConfig], fake_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = make_config("grpo", out="whole"), make_config("grpo", out="stopped", save_every=100)
+    run_grpo(make_config("grpo", out="whole", save_every=100), fake_world())
+    world = fake_world()
+    tick = world.tick
+
+    def tick_and_stop(operation: str) -> None:
+        tick(operation)
+        if world.operations.count("step") == 3 and operation == "step":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(world, "tick", tick_and_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped after step 3 of 6, which is saved"):
+        run_grpo(config, world)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_3"]
+    again = fake_world()
+    run_grpo(config, again)
+    assert again.operations.count("step") == 3
+    assert metrics(config.out) == metrics(whole.out)

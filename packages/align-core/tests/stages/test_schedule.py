@@ -124,12 +124,12 @@ def run(config: GrpoConfig, prompts: Prompts, engine: BackgroundEngine, *, save_
     for step in range(config.steps):
         if step == save_at:
             state = json.loads(json.dumps(dict(schedule.state())))
-            schedule.close()
+
             engine = BackgroundEngine(seed=99, in_flight=engine._in_flight)
             schedule = open_schedule(config, engine, prompts)
             schedule.restore({"step": str(step), **state})
         rollouts.append(schedule.rollout(step, lambda _: engine.commit(step), Clock()))  # noqa: B023  (called at once)
-    schedule.close()
+
     return rollouts
 
 

@@ -61,6 +61,17 @@ class RayWorld:
         self._opened.append(engine)
         return engine
 
+    @property
+    def shares_gpus(self) -> bool:
+        """See `align_core.stages.turns.SharesGpus`."""
+        return self._placement is not None and self._placement.on_gpus and self._placement.mode == "colocated"
+
+    def offload_models(self, *, but_weights_of: Model | None = None) -> None:
+        """See `align_core.stages.turns.SharesGpus`."""
+        for opened in self._opened:
+            if isinstance(opened, RayTrainer):
+                opened.offload(weights=opened is not but_weights_of)
+
     def close(self) -> None:
         """Ends all processes; Ray stays for the next world of this driver."""
         while self._opened:

@@ -29,7 +29,7 @@ def run_online_dpo(config: OnlineDpoConfig, world: World) -> None:
         reference = world.trainer(TrainerConfig.of_stage(config, trainable=False))
         collector = Collector(config, world, prompts, rewards)
         reporter = Reporter(run, config, prompts.tokenizer)
-        for step in run.steps(policy):
+        for step in run.steps(policy, state=[collector]):
             clock = Clock()
             scored, evaluated = collector.collect(step, policy, clock)
             batch, canary = with_logprobs(scored, policy, reference, config, version=step)

@@ -39,7 +39,7 @@ def run_rlhf(config: RlhfConfig, world: World) -> None:
         kl = SteeredKl(config.kl)
         collector = Collector(config, world, prompts, rewards)
         reporter = Reporter(run, config, prompts.tokenizer)
-        for step in run.steps(policy, beside={"value": value}, state=kl):
+        for step in run.steps(policy, beside={"value": value}, state=[kl, collector]):
             clock = Clock()
             scored, evaluated = collector.collect(step, policy, clock)
             batch, canary = with_logprobs(scored, policy, reference, config, version=step)

@@ -29,8 +29,13 @@ import yaml
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
+<<<<<<< HEAD
 from align_core.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, missing_dependency
+=======
+from align_core.errors import CheckpointError, ConfigError, DataError, Stopped, missing_dependency
+>>>>>>> f735c55 (Schedules: one step off and asynchronous with a bound on staleness; SIGTERM saves and stops; batches through shared memory)
 from align_core.stages.live import Screen, shown
+from align_core.stages.stopping import stop_request
 from align_core.stages.world import Model
 from align_core.trackers import RunInfo, TakesTexts, Tracker, check_trackers, open_trackers
 
@@ -97,25 +102,32 @@ class Run:
         return (self.out / "result.json").exists()
 
     def steps(
-        self, model: Model, *, beside: Mapping[str, Model] | None = None, state: Stateful | None = None
+        self, model: Model, *, beside: Mapping[str, Model] | None = None, state: Sequence[Stateful] = ()
     ) -> Iterator[int]:
         """The steps still to do, from 0 or from the newest checkpoint; saves after every `save_every` of them.
 
         Args:
             beside: further trained models, by name, saved and loaded with `model`.
             state: what else must survive, such as the coefficient of a controller.
+
+        Raises:
+            Stopped: SIGTERM came; the step that was under way is done, and saved.
         """
         beside = beside or {}
         first = self._resume(model, beside, state)
         self._trackers = open_trackers(self._tracker_names, self._info(first))
         try:
             self._screen = Screen(self.out.name, total=self.config.steps, completed=first)
-            with shown(self._screen):
+            with shown(self._screen), stop_request() as stop:
                 for step in range(first, self.config.steps):
                     yield step
                     self._screen.advance(step + 1)
-                    if (step + 1) % self.config.save_every == 0 and step + 1 < self.config.steps:
+                    if step + 1 == self.config.steps:
+                        continue
+                    if (step + 1) % self.config.save_every == 0 or stop.is_set():
                         self._save(step + 1, model, beside, state)
+                    if stop.is_set():
+                        raise Stopped(f"stopped after step {step + 1} of {self.config.steps}, which is saved")
         finally:
             for tracker in self._trackers:
                 tracker.close()
@@ -207,7 +219,7 @@ class Run:
                     shutil.rmtree(self.out / computed, ignore_errors=True)
         write_text(path, yaml.safe_dump(now, sort_keys=False))
 
-    def _resume(self, model: Model, beside: Mapping[str, Model], state: Stateful | None) -> int:
+    def _resume(self, model: Model, beside: Mapping[str, Model], state: Sequence[Stateful]) -> int:
         newest = max(_checkpoints(self.out), default=0)
         if newest:
             path = self.out / "checkpoints" / f"step_{newest}"
@@ -216,8 +228,8 @@ class Run:
                 raise CheckpointError(f"{str(path)!r} says that it is of step {saved.get('step')}; remove it")
             for name, other in beside.items():
                 other.load(self.out / "checkpoints" / f"{name}_step_{newest}")
-            if state is not None:
-                state.restore(saved)
+            for each in state:
+                each.restore(saved)
             logger.info("continuing %s from step %d of %d", self.out, newest, self.config.steps)
         kept = [line for line in read_metrics(self.out) if line["step"] < newest]
         write_text(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
@@ -226,14 +238,15 @@ class Run:
             write_text(self._samples, "".join(json.dumps(row) + "\n" for row in rows))
         return newest
 
-    def _save(self, step: int, model: Model, beside: Mapping[str, Model], state: Stateful | None) -> None:
+    def _save(self, step: int, model: Model, beside: Mapping[str, Model], state: Sequence[Stateful]) -> None:
         folder = self.out / "checkpoints"
         for name, other in beside.items():
             path = folder / f"{name}_step_{step}"
             shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before it wrote step_N
             other.save(path, {"step": str(step)})
         # Last: its presence says that the step is complete.
-        model.save(folder / f"step_{step}", {"step": str(step), **(state.state() if state else {})})
+        kept = {key: value for each in state for key, value in each.state().items()}
+        model.save(folder / f"step_{step}", {"step": str(step), **kept})
         for older in sorted(_checkpoints(self.out))[: -self.config.keep_last]:
             shutil.rmtree(folder / f"step_{older}")
             for name in beside:

@@ -9,7 +9,8 @@ Knows nothing about policies, rewards and losses: `send` is the caller's way to 
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Thread
 from typing import Protocol
 
 from align_core.config import PolicyConfig
@@ -38,10 +39,6 @@ class Schedule(Protocol):
 
     def restore(self, state: Mapping[str, str]) -> None:
         """Continues from `state`."""
-        ...
-
-    def close(self) -> None:
-        """Stops what samples in the background."""
         ...
 
 
@@ -76,9 +73,6 @@ class Synchronous:
     def restore(self, state: Mapping[str, str]) -> None:
         """Nothing to restore."""
 
-    def close(self) -> None:
-        """Nothing runs in the background."""
-
     def _collect(self, step: int, version: int) -> Rollout:
         return collect(self._engine, self._prompts.of_step(step), sampling=self._sampling, version=version)
 
@@ -87,7 +81,6 @@ class OneStepOff(Synchronous):
     """A thread waits for the engine while the caller trains."""
 
     _ahead: Future[Rollout] | None = None
-    _thread: ThreadPoolExecutor | None = None
 
     def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
         """The completions sampled during the step before; those of the first step, and of none other, are fresh."""
@@ -99,8 +92,7 @@ class OneStepOff(Synchronous):
             clock.lap("generate")
         self._ahead = None
         if step + 1 < self._config.steps:
-            self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="align-rollout")
-            self._ahead = self._thread.submit(self._collect, step + 1, step)
+            self._ahead = _in_background(lambda: self._collect(step + 1, version=step))
         return ready
 
     def state(self) -> Mapping[str, str]:
@@ -114,11 +106,6 @@ class OneStepOff(Synchronous):
             step = completions[0].prompt_id // self._config.batch_size
             self._ahead = Future()
             self._ahead.set_result(assemble(self._prompts.of_step(step), completions))
-
-    def close(self) -> None:
-        """Does not wait: the engine may be slow, or dead."""
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Continuous:
@@ -135,5 +122,16 @@ class Continuous:
         clock.lap("generate")
         return rollout
 
-    def close(self) -> None:
-        """The engine's own end is the world's concern."""
+
+def _in_background(work: Callable[[], Rollout]) -> Future[Rollout]:
+    """In a thread that no one waits for when the run ends in an error: the engine may be slow, or dead."""
+    future: Future[Rollout] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="align-rollout", daemon=True).start()
+    return future
