@@ -29,11 +29,14 @@ import yaml
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
-<<<<<<< HEAD
-from align_core.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, missing_dependency
-=======
-from align_core.errors import CheckpointError, ConfigError, DataError, Stopped, missing_dependency
->>>>>>> f735c55 (Schedules: one step off and asynchronous with a bound on staleness; SIGTERM saves and stops; batches through shared memory)
+from align_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    Stopped,
+    missing_dependency,
+)
 from align_core.stages.live import Screen, shown
 from align_core.stages.stopping import stop_request
 from align_core.stages.world import Model
