@@ -169,7 +169,7 @@ def test_changed_data_before_the_first_checkpoint_starts_anew(
         np.testing.assert_array_equal(batch.token_column("reference_logprobs"), untrained.logprobs(batch))
 
 
-@pytest.mark.parametrize("crash_after", [7, 14, 22])
+@pytest.mark.parametrize("crash_after", [7, 12, 17])
 def test_one_step_off_continues_with_the_completions_that_waited(
     crash_after: int, make_config: Callable[..., StageConfig], fake_world: Callable[..., Any]
 ) -> None:
@@ -178,7 +178,7 @@ def test_one_step_off_continues_with_the_completions_that_waited(
     whole = make_config("grpo", out="whole", **changes)
     run_grpo(whole, fake_world())
     config = make_config("grpo", out="crashed", **changes)
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises(Exception, match=r"^(logprobs|step|save|generate|export)$"):
         run_grpo(config, fake_world(crash_at=crash_after))
     run_grpo(config, fake_world())
     assert metrics(config.out) == metrics(whole.out)
