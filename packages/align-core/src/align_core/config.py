@@ -119,6 +119,21 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on all linear layers (Hu et al. 2021); the rest of the model is frozen."""
+
+    rank: int = 0
+    """Width of the adapters; 0 trains all weights instead."""
+    alpha: float = 32.0
+    """Adapters count alpha / rank times; with 32 a rank of 16 counts twice, as is usual."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "alpha")
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank must not be negative, got {self.rank}; 0 trains all weights")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How completions are sampled."""
 
@@ -480,6 +495,8 @@ class StageConfig:
     """AdamW and schedule."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Precision and micro-batches."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train adapters instead of all weights; the result is merged."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Ray, or this process alone."""
 
@@ -520,6 +537,8 @@ class TrainerConfig:
     """Unused when frozen."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Precision and micro-batches."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train adapters instead of all weights; the result is merged."""
 
     @staticmethod
     def of_stage(
@@ -542,6 +561,7 @@ class TrainerConfig:
             parallel=parallel or config.parallel,
             optimizer=optimizer or config.optimizer,
             training=config.training,
+            lora=config.lora if trainable else LoraConfig(),
         )
 
 
@@ -599,6 +619,8 @@ class ResponsesConfig:
     """Processes of the model."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Precision and micro-batches."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train adapters instead of all weights; the result is merged."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Ray, or this process alone."""
 

@@ -86,6 +86,7 @@ def save_checkpoint(
     chunks: Sequence[LlamaModel],
     optimization: Optimization,
     config: ModelConfig,
+    lora_rank: int,
     context: RankContext,
     state: Mapping[str, str],
 ) -> None:
@@ -105,12 +106,19 @@ def save_checkpoint(
                 "parallel": _layout(context),
                 "state": dict(state),
                 "tensors": _shapes(config),
+                "lora_rank": lora_rank,
             }
             write_json(partial / _RECORD, record)
 
 
 def load_checkpoint(
-    path: Path, *, chunks: Sequence[LlamaModel], optimization: Optimization, config: ModelConfig, context: RankContext
+    path: Path,
+    *,
+    chunks: Sequence[LlamaModel],
+    optimization: Optimization,
+    config: ModelConfig,
+    lora_rank: int,
+    context: RankContext,
 ) -> dict[str, str]:
     """Continue from `save_checkpoint`; every rank calls it; returns the saved `state`.
 
@@ -119,6 +127,11 @@ def load_checkpoint(
     """
     record = read_record(path)
     _check_model(path, record["tensors"], config)
+    if record["lora_rank"] != lora_rank:
+        raise CheckpointError(
+            f"{str(path)!r} was trained with lora.rank {record['lora_rank']}, and lora.rank is {lora_rank} here; "
+            "continue with the same"
+        )
     content: dict[str, Any] = _weights(chunks)
     entries = _flat(content)
     same_layout = record["parallel"] == _layout(context)

@@ -17,10 +17,11 @@ from align_convert.fill import fill_shard
 from align_convert.layout import Layout, Rank
 from align_convert.plan import Index, Shard, rank_plan
 from align_convert.source import Source
-from align_core.config import ParallelConfig, TrainingConfig
+from align_core.config import LoraConfig, ParallelConfig, TrainingConfig
 from align_core.errors import CheckpointError
 from align_core.megatron import cpu
 from align_core.megatron.layers import LanguageHead, Norm, ScoreHead
+from align_core.megatron.lora import base_parameters
 from align_core.megatron.parallel import RankContext
 from align_core.megatron.quiet import quiet_megatron
 from align_core.megatron.rotary import rotary_frequencies
@@ -68,11 +69,13 @@ def plan_of(config: ModelConfig, context: RankContext) -> list[tuple[Shard, ...]
 
 
 @quiet_megatron()
-def build_model(config: ModelConfig, context: RankContext, training: TrainingConfig) -> list[LlamaModel]:
+def build_model(
+    config: ModelConfig, context: RankContext, training: TrainingConfig, lora: LoraConfig
+) -> list[LlamaModel]:
     """This rank's part of the model, one chunk a virtual pipeline stage, their weights not yet set."""
     transformer = transformer_config(config, context, training)
     rotary = rotary_frequencies(head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
-    layer = layer_spec(config, training, rotary.to(context.device))
+    layer = layer_spec(config, training, lora, rotary.to(context.device))
     return [_build_chunk(config, context, transformer, layer, chunk) for chunk in range(context.parallel.virtual)]
 
 
@@ -111,7 +114,7 @@ def load_weights(chunks: Sequence[LlamaModel], config: ModelConfig, context: Ran
         return source.read_hf(name, index)
 
     for chunk, shards in zip(chunks, plan_of(config, context), strict=True):
-        parameters = dict(chunk.named_parameters())
+        parameters = base_parameters(chunk)
         check_names(parameters, shards)
         for shard in shards:
             if new_head and shard.name == SCORE_WEIGHT:

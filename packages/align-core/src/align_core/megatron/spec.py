@@ -18,9 +18,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
 from align_convert.config import ModelConfig
-from align_core.config import Dtype, TrainingConfig
+from align_core.config import Dtype, LoraConfig, TrainingConfig
 from align_core.megatron.attention import PackedAttention
 from align_core.megatron.layers import Norm, swiglu
+from align_core.megatron.lora import LoraColumnLinear, LoraRowLinear
 from align_core.megatron.parallel import RankContext
 from align_core.megatron.wgrad import can_accumulate
 
@@ -96,16 +97,21 @@ def transformer_config(config: ModelConfig, context: RankContext, training: Trai
     )
 
 
-def layer_spec(config: ModelConfig, training: TrainingConfig, rotary: Tensor) -> ModuleSpec:
+def layer_spec(config: ModelConfig, training: TrainingConfig, lora: LoraConfig, rotary: Tensor) -> ModuleSpec:
     """One layer; `rotary` are the frequencies of its positions."""
+    column, gated, row = ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear
+    if lora.rank:
+        column = ModuleSpec(module=LoraColumnLinear, params={"lora": lora})
+        gated = ModuleSpec(module=LoraColumnLinear, params={"lora": lora, "gated": True})
+        row = ModuleSpec(module=LoraRowLinear, params={"lora": lora})
     has_qk_norm = _has(config, "q_layernorm.weight")
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column,
             core_attention=ModuleSpec(module=PackedAttention, params={"frequencies": rotary}),
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
             q_layernorm=Norm if has_qk_norm else None,
             k_layernorm=Norm if has_qk_norm else None,
         ),
@@ -113,7 +119,7 @@ def layer_spec(config: ModelConfig, training: TrainingConfig, rotary: Tensor) ->
     mlp = ModuleSpec(
         module=RecomputingMLP if training.recompute == "selective" else MLP,
         params={"ffn_hidden_size": config.ffn_size},
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=swiglu),
+        submodules=MLPSubmodules(linear_fc1=gated, linear_fc2=row, activation_func=swiglu),
     )
     return ModuleSpec(
         module=TransformerLayer,

@@ -38,7 +38,7 @@ class StepClock:
         self._laps[phase] = now - self._last
         self._last = now
 
-    def rates(self, config: ModelConfig, lengths_B: NDArray[np.int64], *, ranks: int) -> dict[str, float]:
+    def rates(self, config: ModelConfig, lengths_B: NDArray[np.int64], *, ranks: int, frozen: bool) -> dict[str, float]:
         """`seconds`, `seconds_<phase>`, `tokens_per_s`; on CUDA `memory_gib` (peak of this rank) and `mfu`."""
         seconds = self._last - self._started
         found = {"seconds": seconds, **{f"seconds_{phase}": lap for phase, lap in self._laps.items()}}
@@ -47,7 +47,7 @@ class StepClock:
             found["memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
             peak = peak_flops(torch.cuda.get_device_name(self._device))
             if peak is not None:
-                found["mfu"] = training_flops(config, lengths_B) / (seconds * ranks * peak)
+                found["mfu"] = training_flops(config, lengths_B, frozen=frozen) / (seconds * ranks * peak)
         return found
 
 
@@ -56,11 +56,15 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in _PEAKS.items() if part in device_name), None)
 
 
-def training_flops(config: ModelConfig, lengths_B: NDArray[np.int64]) -> float:
-    """Of one forward and backward pass over sequences of these lengths, over all ranks."""
+def training_flops(config: ModelConfig, lengths_B: NDArray[np.int64], *, frozen: bool = False) -> float:
+    """Of one forward and backward pass over sequences of these lengths, over all ranks.
+
+    Args:
+        frozen: only adapters learn, so the matrices have no gradient of their own, a third of the products.
+    """
     tokens, squares = float(lengths_B.sum()), float((lengths_B.astype(np.float64) ** 2).sum())
     attention = config.num_layers * config.num_heads * config.head_dim * squares
-    return 6.0 * (matrix_parameters(config) * tokens + attention)
+    return (4.0 if frozen else 6.0) * matrix_parameters(config) * tokens + 6.0 * attention
 
 
 def matrix_parameters(config: ModelConfig) -> int:

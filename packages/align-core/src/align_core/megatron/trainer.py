@@ -21,6 +21,7 @@ from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
 from align_core.errors import AlignError, ConfigError, DataError, LayoutError
 from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
+from align_core.megatron.lora import ExportedChunk, start_adapters
 from align_core.megatron.losses import prepare_loss
 from align_core.megatron.microbatch import MicroBatch, pack
 from align_core.megatron.model import build_model, layout_of, load_weights, plan_of
@@ -71,9 +72,12 @@ class MegatronTrainer:
         self._weights_shelf, self._state_shelf, self._gradient_shelf = Shelf(), Shelf(), Shelf(keep=False)
         dtype = config.training.dtype
         try:
-            self._chunks = build_model(self.model_config, self.context, config.training)
+            self._chunks = build_model(self.model_config, self.context, config.training, config.lora)
             with translated_errors():
                 load_weights(self._chunks, self.model_config, self.context, source)
+            if config.lora.rank:
+                start_adapters(self._chunks, self.context, seed=config.seed)
+            self._exported = [ExportedChunk(chunk) for chunk in self._chunks]
             self._optimization: Optimization | None = None
             if config.trainable:
                 self._optimization = Optimization(self._chunks, config.optimizer, steps=config.steps, dtype=dtype)
@@ -134,8 +138,14 @@ class MegatronTrainer:
         metrics = self._summed(parts)
         clock.lap("forward_backward")
         update = optimization.step(metrics["loss"])
+        self._forget_exported()
         clock.lap("optimizer")
-        rates = clock.rates(self.model_config, batch.lengths, ranks=self.context.parallel.world_size)
+        rates = clock.rates(
+            self.model_config,
+            batch.lengths,
+            ranks=self.context.parallel.world_size,
+            frozen=self.config.lora.rank > 0,
+        )
         return {
             **metrics,
             "grad_norm": update.grad_norm,
@@ -189,7 +199,7 @@ class MegatronTrainer:
         self._weights_shelf.bring_back()
         if self._live is None:
             plans = plan_of(self.model_config, self.context)
-            self._live = RankWeights(self._chunks, plans if self.context.data == 0 else [], self.weights_layout())
+            self._live = RankWeights(self._exported, plans if self.context.data == 0 else [], self.weights_layout())
         return self._live
 
     def weights_on_gpu(self) -> bool:
@@ -236,6 +246,7 @@ class MegatronTrainer:
             chunks=self._chunks,
             optimization=self._trained(),
             config=self.model_config,
+            lora_rank=self.config.lora.rank,
             context=self.context,
             state=state,
         )
@@ -243,11 +254,13 @@ class MegatronTrainer:
     def load(self, path: Path) -> Mapping[str, str]:
         """Continue from `save`, on any parallel layout; returns the `state` saved with it; every rank calls it."""
         self.reload()
+        self._forget_exported()
         return load_checkpoint(
             Path(path),
             chunks=self._chunks,
             optimization=self._trained(),
             config=self.model_config,
+            lora_rank=self.config.lora.rank,
             context=self.context,
         )
 
@@ -263,7 +276,7 @@ class MegatronTrainer:
                     config=self.model_config,
                     layout=layout,
                     rank=Rank(tp=self.context.tensor, pp=self.context.pipeline),
-                    chunks=[dict(chunk.named_parameters()) for chunk in self._chunks],
+                    chunks=[dict(chunk.named_parameters()) for chunk in self._exported],
                     dtype=dtype,
                 )
             dist.barrier()
@@ -277,6 +290,7 @@ class MegatronTrainer:
         if self._optimization is not None:
             self._gradient_shelf.put_away(self._optimization.gradient_tensors())
             self._state_shelf.put_away(self._optimization.state_tensors())
+        self._forget_exported()
         if weights:
             self._weights_shelf.put_away(weight for chunk in self._chunks for weight in chunk.parameters())
         if self.context.device.type == "cuda":
@@ -294,6 +308,7 @@ class MegatronTrainer:
         self._open = False
         self._live = None
         self.__dict__.pop("_chunks", None)
+        self.__dict__.pop("_exported", None)
         self.__dict__.pop("_optimization", None)
         if self._owns_context:
             close_rank()
@@ -315,6 +330,10 @@ class MegatronTrainer:
         if output == "logprobs":
             return read_logprobs(self._chunks[-1], self.model_config.vocab_size, targets_only=targets_only)
         return read_scores if output == "scores" else read_values
+
+    def _forget_exported(self) -> None:
+        for chunk in self._exported:
+            chunk.forget()
 
     def _trained(self) -> Optimization:
         if self._optimization is None:
@@ -385,7 +404,7 @@ class MegatronTrainer:
         if self.context.data:
             return {}
         sums: dict[str, int] = {}
-        for chunk, shards in zip(self._chunks, plan_of(self.model_config, self.context), strict=True):
+        for chunk, shards in zip(self._exported, plan_of(self.model_config, self.context), strict=True):
             for name, value in write_pieces(dict(chunk.named_parameters()), shards, metas, buffer).items():
                 sums[name] = (sums.get(name, 0) + value) % 2**64
         return sums
