@@ -172,7 +172,7 @@ def _gathered(config_type: type[object], argv: Sequence[str]) -> list[str]:
 
 
 def _takes_list(hint: Any) -> bool:
-    return typing.get_origin(hint) is list or any(_takes_list(member) for member in typing.get_args(hint))
+    return typing.get_origin(hint) in (list, tuple) or any(_takes_list(member) for member in typing.get_args(hint))
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:
