@@ -1,19 +1,20 @@
 """Settings from recipes, YAML files and options: which one wins, and what a wrong one is told."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 from align_core import recipes
-from align_core.config import DpoConfig, GrpoConfig, RewardConfig, SftConfig, StageConfig
+from align_core.config import DpoConfig, GrpoConfig, OnlineDpoConfig, RewardConfig, RlhfConfig, SftConfig, StageConfig
 from align_core.errors import ConfigError
 from align_core.recipes import smollm2, tiny
 from align_core.settings import known_keys, parse
 from align_core.stages.run import plain
 
 PLACES = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
-STAGES = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "grpo": GrpoConfig}
+STAGES = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "grpo": GrpoConfig, "online-dpo": OnlineDpoConfig}
 
 
 def sft(*words: str) -> SftConfig:
@@ -184,6 +185,31 @@ def test_recipe_reaches_the_stage_whole(recipe: object, stage: str) -> None:
     name = str(recipe.__name__).removeprefix(f"{recipes.__name__}.")  # type: ignore[attr-defined]
     expected: StageConfig = recipe.STAGES[stage](Path("m"), Path("d.jsonl"), Path("o"))  # type: ignore[attr-defined]
     assert parse(type(expected), [*PLACES, "--recipe", name], stage=stage) == expected
+
+
+def test_recipe_of_rlhf_leaves_the_reward_model_to_the_user() -> None:
+    with pytest.raises(ConfigError, match="reward 'model' needs the directory of a reward model"):
+        parse(RlhfConfig, [*PLACES, "--recipe", "tiny"], stage="rlhf")
+    made = parse(RlhfConfig, [*PLACES, "--recipe", "tiny", "--reward_model", "rm"], stage="rlhf")
+    assert made == dataclasses.replace(tiny.rlhf(Path("m"), Path("d.jsonl"), Path("o")), reward_model=Path("rm"))
+
+
+def test_rewards_and_their_settings_by_options(tmp_path: Path) -> None:
+    words = [
+        "--reward",
+        "command=2,format=0.5",
+        "--scoring.command",
+        '["python3", "a b.py"]',
+        "--scoring.pattern",
+        "x.*",
+    ]
+    made = grpo(*words, "--loss.variant", "gspo", "--loss.clip_high", "0.01", "--correction.method", "masked")
+    assert (made.reward, made.scoring.command) == ("command=2,format=0.5", ("python3", "a b.py"))
+    assert made.loss.clip == (3e-4, 0.01)
+    path = write(tmp_path / "again.yaml", yaml.safe_dump(plain(made)))
+    assert grpo("--config", path) == made
+    with pytest.raises(ConfigError, match=r"loss\.variant must be 'cispo', 'dapo'.*got 'gpso'"):
+        grpo("--loss.variant", "gpso")
 
 
 def test_contradictions_are_checked_after_all_has_been_read() -> None:

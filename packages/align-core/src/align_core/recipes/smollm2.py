@@ -11,8 +11,10 @@ from align_core.config import (
     EngineConfig,
     GrpoConfig,
     KtoConfig,
+    OnlineDpoConfig,
     OptimizerConfig,
     RewardConfig,
+    RlhfConfig,
     SamplingConfig,
     SftConfig,
     StageConfig,
@@ -63,6 +65,41 @@ def grpo(model: Path, data: Path, out: Path) -> GrpoConfig:
     )
 
 
+def rlhf(model: Path, data: Path, out: Path) -> RlhfConfig:
+    """As grpo; the value model learns faster than the policy, which waits two steps for it."""
+    return RlhfConfig(
+        model=model,
+        reward_model=model,  # a placeholder, as all paths of a recipe are
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=16,
+        max_length=_CONTEXT,
+        save_every=5,
+        optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
+        value_optimizer=OptimizerConfig(lr=1e-5, schedule="constant"),
+        value_warmup=2,
+        sampling=SamplingConfig(max_tokens=128),
+        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+    )
+
+
+def online_dpo(model: Path, data: Path, out: Path) -> OnlineDpoConfig:
+    """As grpo."""
+    return OnlineDpoConfig(
+        model=model,
+        data=data,
+        out=out,
+        steps=20,
+        batch_size=4,
+        max_length=_CONTEXT,
+        save_every=5,
+        optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
+        sampling=SamplingConfig(n=4, max_tokens=128),
+        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+    )
+
+
 def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
     """Right solutions against spoilt ones."""
     return DpoConfig(
@@ -92,6 +129,8 @@ def kto(model: Path, data: Path, out: Path) -> KtoConfig:
 STAGES: Mapping[str, Callable[[Path, Path, Path], StageConfig]] = {
     "sft": sft,
     "reward": reward,
+    "rlhf": rlhf,
+    "online-dpo": online_dpo,
     "grpo": grpo,
     "dpo": dpo,
     "kto": kto,
