@@ -1,5 +1,7 @@
 """The order of the records: every epoch a permutation, epochs without seams, and the same whenever it is asked."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -79,3 +81,12 @@ def test_any_mixture_fills_its_batches_and_keeps_its_shares(ratios: list[float],
         assert len(chosen) == batch_size
         counts += np.bincount(chosen // 50, minlength=len(ratios))
     assert np.all(np.abs(counts - np.array(ratios) / sum(ratios) * 12 * batch_size) < len(ratios))
+
+
+def test_mixture_may_be_asked_from_several_threads() -> None:
+    """Batches are prepared ahead in a thread while the stage asks for its own step."""
+    whole = [MixedOrder([5, 7], [1, 2], batch_size=6, seed=3)(step).tolist() for step in range(40)]
+    order = MixedOrder([5, 7], [1, 2], batch_size=6, seed=3)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda step: order(step).tolist(), [*range(40)] * 5))
+    assert found == whole * 5

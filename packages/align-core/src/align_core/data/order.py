@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +31,14 @@ class MixedOrder:
         self._records, self._batch_size, self._seed = list(records), batch_size, seed
         self._shares = [ratio / sum(ratios) for ratio in ratios]
         self._step, self._taken = 0, [0] * len(self._records)
+        self._lock = Lock()  # batches are prepared in a thread of their own
 
     def __call__(self, step: int) -> NDArray[np.int64]:
         """int64 [batch_size], as if the files were laid end to end."""
+        with self._lock:
+            return self._at(step)
+
+    def _at(self, step: int) -> NDArray[np.int64]:
         if step < self._step:
             self._step, self._taken = 0, [0] * len(self._records)
         while self._step < step:

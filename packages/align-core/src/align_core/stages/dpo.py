@@ -9,15 +9,15 @@ from functools import partial
 import numpy as np
 
 from align_core.config import DpoConfig, TrainerConfig
-from align_core.data.dataset import Dataset, check_each, encoded
+from align_core.data.dataset import Dataset, encoded
 from align_core.data.examples import Pair, batch_of, encode_pair
 from align_core.data.prefetch import prefetched
 from align_core.data.records import PreferenceRecord, read_preferences
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
+from align_core.stages.offline import open_data
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.reference import Reference, References, with_reference
-from align_core.stages.run import Run
 from align_core.stages.world import World
 from align_core.types import Batch
 
@@ -26,13 +26,9 @@ def run_dpo(config: DpoConfig, world: World) -> None:
     """Trains `config.model` on the preferences in `config.data`; the result is a Megatron checkpoint in OUT/model."""
     tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
     encode = partial(encode_pair, tokenizer, template=config.template, max_length=config.max_length)
-    records = read_preferences(config.data)
-    held_out = read_preferences(config.eval_data) if config.eval_data else None
-    order = records.order(batch_size=config.batch_size, seed=config.seed)
-    for part in (records, held_out):
-        if part is not None:
-            check_each(part, encode)
-    run = Run(config, data={"data": records} | ({"eval_data": held_out} if held_out else {}))
+    data = open_data(config, read_preferences, encode)
+    records, held_out, order = data.records, data.held_out, data.order
+    run = data.run(config)
     if run.finished:
         return
 
@@ -60,14 +56,19 @@ def run_dpo(config: DpoConfig, world: World) -> None:
         return mean_over(parts)
 
     evaluation = Evaluation(config, model, evaluate if held_out else None)
-    with prefetched(lambda step: pairs_of(records, order(step).tolist()), steps=config.steps) as batches:
+
+    def prepare(step: int) -> tuple[list[int], Batch]:
+        keys = order(step).tolist()
+        return keys, pairs_of(records, keys)
+
+    with prefetched(prepare, steps=config.steps) as batches:
         for step in run.steps(model):
             clock = Clock()
             measured = evaluation.before(step)
             clock.lap("evaluate")
-            batch = batches(step)
+            keys, batch = batches(step)
             clock.lap("data")
-            batch = with_reference(references.get("data"), order(step).tolist(), batch)
+            batch = with_reference(references.get("data"), keys, batch)
             clock.lap("reference")
             metrics = model.step(batch, config.loss)
             clock.lap("train")

@@ -10,16 +10,16 @@ from functools import partial
 import numpy as np
 
 from align_core.config import KtoConfig, TrainerConfig
-from align_core.data.dataset import Dataset, check_each, encoded
+from align_core.data.dataset import Dataset, encoded
 from align_core.data.examples import Example, batch_of, encode_example
 from align_core.data.prefetch import prefetched
 from align_core.data.records import MarkedRecord, read_marked
 from align_core.errors import DataError
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
+from align_core.stages.offline import open_data
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.reference import MakeBatch, Reference, References, with_reference
-from align_core.stages.run import Run
 from align_core.stages.world import Model, World
 from align_core.types import Batch
 
@@ -37,14 +37,10 @@ def run_kto(config: KtoConfig, world: World) -> None:
         )
         return example, record.desirable
 
-    records = read_marked(config.data)
-    held_out = read_marked(config.eval_data) if config.eval_data else None
-    order = records.order(batch_size=config.batch_size, seed=config.seed)
-    for part in (records, held_out):
-        if part is not None:
-            check_each(part, encode)
+    data = open_data(config, read_marked, encode)
+    records, held_out, order = data.records, data.held_out, data.order
     held_out_parts = _parts(held_out, config.batch_size)
-    run = Run(config, data={"data": records} | ({"eval_data": held_out} if held_out else {}))
+    run = data.run(config)
     if run.finished:
         return
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from align_core.config import RewardConfig, TrainerConfig
-from align_core.data.dataset import Dataset, check_each, encoded
+from align_core.data.dataset import Dataset, encoded
 from align_core.data.examples import Example, batch_of, encode_ranked
 from align_core.data.prefetch import prefetched
 from align_core.data.records import RankedRecord, read_ranked
 from align_core.stages.calibration import calibration, pair_margins
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation
+from align_core.stages.offline import open_data
 from align_core.stages.preflight import open_tokenizer
-from align_core.stages.run import Run
 from align_core.stages.world import Model, World
 from align_core.text import Tokenizer
 from align_core.types import Batch
@@ -26,13 +26,9 @@ def run_reward(config: RewardConfig, world: World) -> None:
     def encode(record: RankedRecord) -> tuple[list[Example], Sequence[float]]:
         return _encode(tokenizer, record, config), record.scores
 
-    records = read_ranked(config.data)
-    held_out = read_ranked(config.eval_data) if config.eval_data else None
-    order = records.order(batch_size=config.batch_size, seed=config.seed)
-    for part in (records, held_out):
-        if part is not None:
-            check_each(part, encode)
-    run = Run(config, data={"data": records} | ({"eval_data": held_out} if held_out else {}))
+    data = open_data(config, read_ranked, encode)
+    records, held_out, order = data.records, data.held_out, data.order
+    run = data.run(config)
     if run.finished:
         return
     model = world.trainer(TrainerConfig.of_stage(config, head="score"))

@@ -1,14 +1,14 @@
 """Supervised fine-tuning: cross-entropy on what the assistant says, averaged over all such tokens of the batch."""
 
 from align_core.config import SftConfig, TrainerConfig
-from align_core.data.dataset import check_each, encoded
+from align_core.data.dataset import encoded
 from align_core.data.examples import Example, batch_of, encode_sft
 from align_core.data.prefetch import prefetched
 from align_core.data.records import SftRecord, read_sft
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
+from align_core.stages.offline import open_data
 from align_core.stages.preflight import open_tokenizer
-from align_core.stages.run import Run
 from align_core.stages.world import World
 from align_core.types import Batch
 
@@ -22,13 +22,9 @@ def run_sft(config: SftConfig, world: World) -> None:
             tokenizer, record, template=config.template, max_length=config.max_length, turns=config.loss.turns
         )
 
-    records = read_sft(config.data)
-    held_out = read_sft(config.eval_data) if config.eval_data else None
-    order = records.order(batch_size=config.batch_size, seed=config.seed)
-    for part in (records, held_out):
-        if part is not None:
-            check_each(part, encode)
-    run = Run(config, data={"data": records} | ({"eval_data": held_out} if held_out else {}))
+    data = open_data(config, read_sft, encode)
+    records, held_out, order = data.records, data.held_out, data.order
+    run = data.run(config)
     if run.finished:
         return
     model = world.trainer(TrainerConfig.of_stage(config))
