@@ -19,6 +19,8 @@ LAYOUTS = {
     "tp2": ParallelConfig(tensor=2),
     "pp2": ParallelConfig(pipeline=2),
     "dp2": ParallelConfig(data=2),
+    "cp2": ParallelConfig(context=2),
+    "vpp2": ParallelConfig(pipeline=2, virtual=2),
 }
 
 
@@ -46,7 +48,9 @@ def test_a_continued_run_equals_an_uninterrupted_one(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(("saved", "loaded"), [("tp2", "pp2"), ("pp2", "tp2"), ("dp2", "one"), ("one", "tp2")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("tp2", "pp2"), ("pp2", "tp2"), ("dp2", "one"), ("one", "tp2"), ("cp2", "dp2")]
+)
 def test_a_run_continues_on_another_layout(
     llama: Callable[..., Path], tmp_path: Path, saved: str, loaded: str, tied: bool
 ) -> None:
@@ -56,6 +60,17 @@ def test_a_run_continues_on_another_layout(
     _, found = run_ranks(_load_train, LAYOUTS[loaded], directory, tmp_path / "saved", "float32")[0]
     for step, reference in zip(found, expected, strict=True):
         assert step == pytest.approx(reference, rel=2e-5)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("vpp2", "vpp2"), ("vpp2", "one"), ("tp2", "vpp2")])
+def test_a_run_continues_on_and_from_interleaved_stages(
+    llama: Callable[..., Path], tmp_path: Path, saved: str, loaded: str
+) -> None:
+    directory = llama(num_hidden_layers=4)
+    expected = run_ranks(_train_save_train, LAYOUTS[saved], directory, tmp_path / "saved", "bfloat16")[0]
+    _, found = run_ranks(_load_train, LAYOUTS[loaded], directory, tmp_path / "saved", "bfloat16")[0]
+    for step, reference in zip(found, expected, strict=True):
+        assert step == (reference if saved == loaded else pytest.approx(reference, rel=0.02))
 
 
 def test_loading_goes_back_in_the_same_trainer(llama: Callable[..., Path], tmp_path: Path) -> None:

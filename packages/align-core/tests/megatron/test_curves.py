@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[ParallelConfig, dict[str, Any]]] = {
     "pp2": (ParallelConfig(pipeline=2), {"micro_batch_tokens": 48}),
     "pp2-vpp2": (ParallelConfig(pipeline=2, virtual=2), {"micro_batch_tokens": 48}),
     "dp2": (ParallelConfig(data=2), {"micro_batch_tokens": 48}),
+    "cp2": (ParallelConfig(context=2), {"micro_batch_tokens": 48}),
     "tp2-pp2": (ParallelConfig(tensor=2, pipeline=2), {"micro_batch_tokens": 48}),
 }
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from kernel_checks import check_rotary, check_swiglu
+from megatron.core.transformer import TransformerConfig
 from megatron_llama import Run, hugging_face, ragged_batch, reference_logprobs
 from megatron_world import run_ranks
 
 from align_core.config import Dtype, OptimizerConfig, ParallelConfig, SftLoss, TrainerConfig, TrainingConfig
 from align_core.megatron import MegatronTrainer, RankContext
+from align_core.megatron.attention import PackedAttention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,6 +97,23 @@ def _load_rank(context: RankContext, directory: Path, dtype: Dtype, path: Path) 
 def test_kernels_equal_torch(dtype: torch.dtype, tolerance: float) -> None:
     check_swiglu("cuda", dtype, tolerance)
     check_rotary("cuda", dtype, tolerance)
+
+
+def test_the_last_query_sees_the_last_key() -> None:
+    """As context parallelism needs it: 5 queries at the end of a sequence of 12, and 3 at the end of one of 3."""
+    attention = PackedAttention(
+        TransformerConfig(num_layers=1, hidden_size=128, num_attention_heads=2), frequencies=torch.ones(32)
+    )
+    query = torch.randn(8, 2, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.randn(15, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    bounds = tuple(torch.tensor(b, device="cuda", dtype=torch.int32) for b in ([0, 5, 8], [0, 12, 15]))
+    found = attention._varlen(query, key, value, bounds, (5, 12))
+    expected = []
+    for (q0, q1), (k0, k1) in (((0, 5), (0, 12)), ((5, 8), (12, 15))):
+        q, k, v = (x.float().transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device="cuda").tril(k1 - k0 - (q1 - q0))
+        expected.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1))
+    torch.testing.assert_close(found.float(), torch.cat(expected), atol=2e-2, rtol=2e-2)
 
 
 def test_offloading_frees_the_device_and_changes_nothing(llama: Callable[..., Path]) -> None:

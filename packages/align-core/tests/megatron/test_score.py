@@ -29,9 +29,10 @@ STEPS = 3
         ParallelConfig(tensor=2),
         ParallelConfig(tensor=2, sequence=True),
         ParallelConfig(pipeline=2),
+        ParallelConfig(context=2),
         ParallelConfig(tensor=2, data=2),
     ],
-    ids=["one", "tp2", "tp2-sp", "pp2", "tp2-dp2"],
+    ids=["one", "tp2", "tp2-sp", "pp2", "cp2", "tp2-dp2"],
 )
 def test_a_reward_model_scores_and_trains_as_hugging_face(llama: Callable[..., Path], parallel: ParallelConfig) -> None:
     directory = llama(**SCORE)

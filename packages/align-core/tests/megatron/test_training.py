@@ -34,6 +34,7 @@ LAYOUTS = {
     "dp2": ParallelConfig(data=2),
     "tp2-pp2": ParallelConfig(tensor=2, pipeline=2),
     "tp2-dp2-sp": ParallelConfig(tensor=2, data=2, sequence=True),
+    "tp2-cp2-sp": ParallelConfig(tensor=2, context=2, sequence=True),
 }
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 from align_core.megatron.microbatch import Packed
 from align_core.megatron.rotary import rotate
+from align_core.megatron.sequence_share import SequenceShare
 
 _VARLEN = inspect.signature(varlen.varlen_attn).parameters
 # torch 2.10 says is_causal, later ones a window of (everything before, nothing after).
@@ -62,15 +63,40 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         packed = packed_seq_params
         query, key = (rotate(part[:, 0], *packed.cos_and_sin(self.frequencies)) for part in (query, key))
         value = value[:, 0].contiguous()  # a view would keep queries and keys alive a second time
-        if packed.uniform is not None:
+        if packed.share is not None:
+            attended = self._shared(query, key, value, packed.share)
+        elif packed.uniform is not None:
             attended = self._uniform(query, key, value, packed.uniform)
         elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            attended = self._varlen(query, key, value, packed)
+            bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+            attended = self._varlen(query, key, value, (bounds, bounds), (longest, longest))
         else:
             attended = self._bucketed(query, key, value, packed)
         return attended.reshape(len(query), 1, -1)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
+    def _shared(self, query: Tensor, key: Tensor, value: Tensor, share: SequenceShare) -> Tensor:
+        """This rank's queries on all ranks' keys and values."""
+        key, value = share.whole(key, shared_work=True), share.whole(value, shared_work=True)
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            key, value = key.index_select(0, share.keys), value.index_select(0, share.keys)
+            longest = (max(run.queries for run in share.runs), max(run.keys for run in share.runs))
+            return self._varlen(query, key, value, share.bounds, longest)
+        grouped = query.shape[1] != key.shape[1]
+        results = []
+        for run in share.runs:
+            q = query[run.query : run.query + run.queries].transpose(0, 1)
+            k, v = (part[run.key : run.key + run.keys].transpose(0, 1) for part in (key, value))
+            seen = torch.ones(run.queries, run.keys, dtype=torch.bool, device=q.device).tril(run.keys - run.queries)
+            found = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=seen, scale=self.scale, enable_gqa=grouped
+            )
+            results.append(found[0].transpose(0, 1))
+        return torch.cat(results)
+
+    def _varlen(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[Tensor, Tensor], longest: tuple[int, int]
+    ) -> Tensor:
+        """Causal attention whose last query sees the last key, of each sequence."""
         grouped: dict[str, Any] = {}
         if query.shape[1] != key.shape[1]:
             if "enable_gqa" in _VARLEN:
@@ -78,10 +104,8 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             else:
                 repeats = query.shape[1] // key.shape[1]
                 key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-        longest = packed.max_seqlen_q
-        bounds = packed.cu_seqlens_q
         result = varlen.varlen_attn(
-            query, key, value, bounds, bounds, longest, longest, scale=self.scale, **_CAUSAL, **grouped
+            query, key, value, bounds[0], bounds[1], longest[0], longest[1], scale=self.scale, **_CAUSAL, **grouped
         )
         assert isinstance(result, Tensor)
         return result

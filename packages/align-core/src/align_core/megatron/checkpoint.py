@@ -219,15 +219,16 @@ def _layout(context: RankContext) -> dict[str, int]:
 
 
 def _random_state(context: RankContext) -> ShardedObject:
-    """This rank's generators, one object a (pipeline, tensor, data) position."""
+    """This rank's generators, one object a position."""
     parallel = context.parallel
     states = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if context.device.type == "cuda" else None,
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    shape = (parallel.pipeline, parallel.tensor, parallel.data)
-    return ShardedObject("rng", states, shape, (context.pipeline, context.tensor, context.data))
+    shape = (parallel.pipeline, parallel.tensor, parallel.context, parallel.data)
+    place = (context.pipeline, context.tensor, context.context, context.data)
+    return ShardedObject("rng", states, shape, place)
 
 
 def _restore_random_state(states: Mapping[str, Any]) -> None:

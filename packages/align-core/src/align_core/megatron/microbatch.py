@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from align_core.megatron.rotary import cos_and_sin
+from align_core.megatron.sequence_share import SequenceShare
 from align_core.types import Batch
 
 
@@ -44,18 +45,23 @@ class Packed(PackedSeqParams):  # type: ignore[misc]
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64, tokens of each sequence, padding included as one more."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    share: SequenceShare | None = None
+    """This rank's tokens where they are cut over ranks; then the layers see these alone."""
     _angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def uniform(self) -> int | None:
-        """The length of all sequences, if they have one."""
+        """The length of all sequences, if they have one and are not cut."""
+        if self.share is not None:
+            return None
         return int(self.lengths[0]) if np.all(self.lengths == self.lengths[0]) else None
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64 [P], position of each token in its sequence."""
+        """int64 [P], position of each token in its sequence; of this rank's tokens where they are cut."""
         starts = np.cumsum(self.lengths) - self.lengths
-        return _to(np.arange(self.lengths.sum()) - np.repeat(starts, self.lengths), self.device)
+        positions = _to(np.arange(self.lengths.sum()) - np.repeat(starts, self.lengths), self.device)
+        return positions if self.share is None else positions[self.share.own]
 
     def cos_and_sin(self, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Of the angles of each token, float32 [P, D/2] each; computed for the first layer, kept for the others."""
@@ -96,6 +102,12 @@ class MicroBatch:
     """int64 [B], position of each sequence's last token."""
     packed: Packed
 
+    @property
+    def own_tokens(self) -> Tensor:
+        """int64 [1, L], what this rank's layers see: all, or its share."""
+        share = self.packed.share
+        return self.tokens if share is None else self.tokens[:, share.own]
+
     def target_rows(self) -> Tensor:
         """int64, positions of the tokens that a loss looks at: inside the mask, or imitated beside it."""
         learnt_N = self.batch.mask
@@ -113,9 +125,19 @@ class MicroBatch:
 
 
 def pack(
-    whole: Batch, indices: NDArray[np.int64], *, multiple: int, device: torch.device, least: int = 1
+    whole: Batch,
+    indices: NDArray[np.int64],
+    *,
+    multiple: int,
+    device: torch.device,
+    least: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> MicroBatch:
-    """The sequences `indices` of `whole`, padded to a multiple of `multiple` tokens, and to at least `least`."""
+    """The sequences `indices` of `whole`, padded to a multiple of `multiple` tokens, and to at least `least`.
+
+    Args:
+        share: rank and number of the ranks over which the tokens are cut.
+    """
     batch = whole.select(indices)
     count = len(batch.tokens)
     padding = -(-max(count, least) // multiple) * multiple - count
@@ -133,11 +155,12 @@ def pack(
         targets=_to(targets, device),
         is_first=_to(is_first, device),
         last=_to(last, device),
-        packed=_packed(lengths, device),
+        packed=_packed(lengths, device, share),
     )
 
 
-def _packed(lengths: NDArray[np.int64], device: torch.device) -> Packed:
+def _packed(lengths: NDArray[np.int64], device: torch.device, share: tuple[int, int]) -> Packed:
+    rank, ranks = share
     cu_seqlens = _to(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device)
     longest = int(lengths.max())
     return Packed(
@@ -147,6 +170,7 @@ def _packed(lengths: NDArray[np.int64], device: torch.device) -> Packed:
         max_seqlen_kv=longest,
         lengths=lengths,
         device=device,
+        share=SequenceShare(lengths, rank=rank, ranks=ranks, device=device) if ranks > 1 else None,
     )
 
 

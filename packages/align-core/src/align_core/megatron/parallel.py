@@ -32,6 +32,8 @@ class RankContext:
     """Pipeline stage."""
     data: int
     """Which copy of the model."""
+    context: int = 0
+    """Which share of a micro-batch's tokens."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -46,7 +48,12 @@ class RankContext:
     @property
     def speaks(self) -> bool:
         """Whether this rank, of those that hold its copy's results, gives them to all others."""
-        return self.is_last_stage and self.tensor == 0
+        return self.is_last_stage and self.tensor == 0 and self.context == 0
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this rank is the one, of those that hold the same weights, that writes them."""
+        return self.data == 0 and self.context == 0
 
 
 @dataclass
@@ -97,6 +104,7 @@ def init_rank(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
@@ -110,6 +118,7 @@ def init_rank(
         tensor=parallel_state.get_tensor_model_parallel_rank(),
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
+        context=parallel_state.get_context_parallel_rank(),
     )
     return _SHARED.context
 
@@ -176,7 +185,8 @@ def _join(context: RankContext, *, rank: int, parallel: ParallelConfig, device: 
 
 
 def _same_groups(one: ParallelConfig, other: ParallelConfig) -> bool:
-    return (one.tensor, one.pipeline, one.data) == (other.tensor, other.pipeline, other.data)
+    sizes = [(each.tensor, each.pipeline, each.context, each.data) for each in (one, other)]
+    return sizes[0] == sizes[1]
 
 
 def _choose_device(device: Device, local_device: int) -> torch.device:

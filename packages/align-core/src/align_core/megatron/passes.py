@@ -36,11 +36,17 @@ def read_logprobs(chunk: Any, vocab_size: int, *, targets_only: bool = False) ->
     """
 
     def read(hidden_1PH: Tensor, micro: MicroBatch) -> Tensor:
-        if targets_only:
+        share = micro.packed.share
+        if share is not None:
+            padded_P = torch.nn.functional.pad(micro.targets, (0, micro.tokens.shape[1] - len(micro.targets)))
+            own_L = _next_logprobs(hidden_1PH[0], chunk, padded_P[share.own], vocab_size)
+            of_next_N = share.whole(own_L, shared_work=False)[: len(micro.targets)]
+        elif targets_only:
             rows = micro.target_rows()
             found = _next_logprobs(hidden_1PH[0, rows - 1], chunk, micro.tokens[0, rows], vocab_size)
             return found.new_zeros(len(micro.targets)).index_put((rows,), found)
-        of_next_N = _next_logprobs(hidden_1PH[0, : len(micro.targets)], chunk, micro.targets, vocab_size)
+        else:
+            of_next_N = _next_logprobs(hidden_1PH[0, : len(micro.targets)], chunk, micro.targets, vocab_size)
         shifted_N = torch.cat([of_next_N.new_zeros(1), of_next_N[:-1]])
         return torch.where(micro.is_first, 0.0, shifted_N)
 
@@ -56,14 +62,20 @@ def _next_logprobs(hidden_NH: Tensor, chunk: Any, targets_N: Tensor, vocab_size:
 
 def read_scores(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
     """The scalar at the last token of each sequence, float32 [B]."""
-    return output_1P1[0, micro.last, 0].float()
+    return _whole(output_1P1, micro)[micro.last].float()
 
 
 def read_values(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
     """The scalar before each token is chosen, at the token before it, float32 [N]; 0 for the first of a sequence."""
-    after_N = output_1P1[0, : len(micro.targets), 0].float()
+    after_N = _whole(output_1P1, micro)[: len(micro.targets)].float()
     shifted_N = torch.cat([after_N.new_zeros(1), after_N[:-1]])
     return torch.where(micro.is_first, 0.0, shifted_N)
+
+
+def _whole(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
+    """[P], the scalars of all ranks' tokens."""
+    share, own = micro.packed.share, output_1P1[0, :, 0]
+    return own if share is None else share.whole(own, shared_work=False)
 
 
 @torch.no_grad()
@@ -98,7 +110,9 @@ def _run(
 ) -> list[Any]:
     def step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
-        output = chunk(input_ids=micro.tokens, position_ids=None, attention_mask=None, packed_seq_params=micro.packed)
+        output = chunk(
+            input_ids=micro.own_tokens, position_ids=None, attention_mask=None, packed_seq_params=micro.packed
+        )
         return output, lambda out, **how: finish(micro, out, **how)
 
     interleaved = len(chunks) > 1

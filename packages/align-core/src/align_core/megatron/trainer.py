@@ -199,7 +199,7 @@ class MegatronTrainer:
         self._weights_shelf.bring_back()
         if self._live is None:
             plans = plan_of(self.model_config, self.context)
-            self._live = RankWeights(self._exported, plans if self.context.data == 0 else [], self.weights_layout())
+            self._live = RankWeights(self._exported, plans if self.context.is_first_copy else [], self.weights_layout())
         return self._live
 
     def weights_on_gpu(self) -> bool:
@@ -270,7 +270,7 @@ class MegatronTrainer:
         layout = layout_of(self.config.parallel)
         dtype = DTYPES[self.config.training.dtype]
         with shared_directory(Path(path), self.context) as partial:
-            if self.context.data == 0:
+            if self.context.is_first_copy:
                 write_megatron_rank(
                     partial,
                     config=self.model_config,
@@ -359,7 +359,15 @@ class MegatronTrainer:
         # Interleaved stages do not tell each other lengths.
         least = max(int(batch.lengths[indices].sum()) for indices in own) if interleaved else 1
         return [
-            pack(batch, indices, multiple=parallel.tensor, least=least, device=self.context.device) for indices in own
+            pack(
+                batch,
+                indices,
+                multiple=parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1),
+                least=least,
+                device=self.context.device,
+                share=(self.context.context, parallel.context),
+            )
+            for indices in own
         ]
 
     def _check_batch(self, batch: Batch) -> None:
@@ -401,7 +409,7 @@ class MegatronTrainer:
 
     def _write(self, metas: list[ParamMeta], buffer: NDArray[np.uint8]) -> dict[str, int]:
         self._weights_shelf.bring_back()
-        if self.context.data:
+        if not self.context.is_first_copy:
             return {}
         sums: dict[str, int] = {}
         for chunk, shards in zip(self._exported, plan_of(self.model_config, self.context), strict=True):
