@@ -760,8 +760,8 @@ class PolicyConfig(StageConfig):
     """What the stages that sample share: prompts, engine, rewards, evaluation."""
 
     reward: str = "math"
-    """Rewards with weights, `NAME[=WEIGHT],...`: `model` (the reward model), `overlong`, `format`, `command`, `http`,
-    `judge`, a name of the entry-point group `align.rewards`, or a function of yours as `FILE.py:NAME`."""
+    """Rewards with weights, `NAME[=WEIGHT],...`: `model` (the reward model), `overlong`, `repetition`, `format`,
+    `command`, `http`, `judge`, a name of the entry-point group `align.rewards`, or a function of yours, `FILE.py:NAME`."""
     reward_model: Path | None = None
     """Checkpoint directory of a reward model, for the reward `model`."""
     reward_model_parallel: ParallelConfig = field(default_factory=ParallelConfig)

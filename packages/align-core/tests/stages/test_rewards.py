@@ -154,6 +154,18 @@ def test_overlong_falls_over_its_buffer(rewards_of: Callable[..., Rewards], toke
     assert rewards.score(assemble(asked.questions, long)).rewards.tolist() == [0.0, -1.5]
 
 
+def test_repetition_costs_and_variety_does_not(rewards_of: Callable[..., Rewards], tokenizer: Tokenizer) -> None:
+    asked = rollout(tokenizer, "2", "2")
+    texts = [np.array([5, 6, 5, 6, 5, 6], np.int32), np.array([5, 6, 7, 8, 9, 10], np.int32)]
+    varied = [
+        replace(c, tokens=tokens, logprobs=np.zeros(len(tokens), np.float32))
+        for c, tokens in zip(asked.completions, texts)
+    ]
+    values = rewards_of({}, reward="repetition").score(assemble(asked.questions, varied)).rewards
+    assert values[0] < -1
+    assert values[1] == 0
+
+
 def test_reward_model_is_clipped_and_summed_with_a_function(
     tiny_model: Path, rewards_of: Callable[..., Rewards], tokenizer: Tokenizer
 ) -> None:

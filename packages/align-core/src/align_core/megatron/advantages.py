@@ -19,7 +19,7 @@ from align_algos.correction import (
 )
 from align_algos.kl import AdaptiveKl, Estimator, FixedKl, KlController, kl_estimate
 from align_algos.reductions import per_token, segment_sum
-from align_algos.shaping import shaped_rewards
+from align_algos.shaping import ngram_penalty, overlong_penalty, shaped_rewards
 from align_core.config import CorrectionConfig, GrpoLoss, KlConfig
 from align_core.types import Batch
 
@@ -58,6 +58,20 @@ def _token_rewards(loss: GrpoLoss, batch: Batch, reward_B: Tensor) -> Tensor:
         else (zeros_N, zeros_N)
     )
     return shaped_rewards(reward_B, old_N, reference_N, _mask(batch), _offsets(batch), kl_coef=loss.kl_in_reward)
+
+
+def overlong_of(batch: Batch, *, max_tokens: int, buffer: int) -> NDArray[np.float32]:
+    """float32 [B], DAPO's soft penalty of lengths: 0 up to max_tokens - buffer, -1 at `max_tokens`."""
+    lengths_B = torch.from_numpy(np.add.reduceat(batch.mask.astype(np.int64), batch.offsets[:-1]))
+    found: NDArray[np.float32] = overlong_penalty(lengths_B, max_tokens=max_tokens, buffer=buffer).numpy()
+    return found
+
+
+def repetition_of(batch: Batch) -> NDArray[np.float32]:
+    """float32 [B], the tutorial's penalty of repeated 2- and 3-grams; 0 or less."""
+    tokens_N = _tensor(batch.tokens, np.int64)
+    found: NDArray[np.float32] = ngram_penalty(tokens_N, _mask(batch), _offsets(batch)).numpy()
+    return found
 
 
 def mixed_rows(batch: Batch) -> NDArray[np.int64]:

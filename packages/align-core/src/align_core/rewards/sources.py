@@ -27,8 +27,8 @@ BUILT_IN: Mapping[str, Callable[[ScoringConfig], RewardFunction]] = {
     "http": HttpReward,
     "judge": JudgeReward,
 }
-IN_DRIVER = ("model", "overlong")
-"""Rewards that need more than texts: the reward model, and the lengths in tokens."""
+IN_DRIVER = ("model", "overlong", "repetition")
+"""Rewards that need more than texts: the reward model, the lengths in tokens, and the tokens themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,6 +82,8 @@ class Rewards:
             return _reward_model(self._config, world, self._tokenizer)
         if name == "overlong":
             return _overlong(self._config)
+        if name == "repetition":
+            return _repetition()
         if self._config.scoring.workers == 0:
             function = resolve(name, self._config.scoring)
             return lambda rollout: scores_of(function, name, *_texts(rollout, self._tokenizer))
@@ -140,15 +142,24 @@ def _reward_model(config: PolicyConfig, world: World, tokenizer: Tokenizer) -> S
 
 
 def _overlong(config: PolicyConfig) -> Source:
-    """0 up to max_tokens - buffer, then falling to -1 at max_tokens (Yu et al. 2025, arXiv:2503.14476, eq. 13)."""
+    """See `align_core.megatron.advantages.overlong_of`."""
+    from align_core.megatron.advantages import overlong_of  # noqa: PLC0415  (brings torch)
+
     most, buffer = config.sampling.max_tokens, config.scoring.overlong_buffer
     if buffer > most:
         raise ConfigError(f"scoring.overlong_buffer {buffer} is longer than sampling.max_tokens {most}; lower it")
+    return lambda rollout: _scores(overlong_of(rollout.batch, max_tokens=most, buffer=buffer))
 
-    def scores(rollout: Rollout) -> Sequence[Score]:
-        return [Score(value=-max(0, len(c.tokens) - (most - buffer)) / buffer) for c in rollout.completions]
 
-    return scores
+def _repetition() -> Source:
+    """See `align_core.megatron.advantages.repetition_of`."""
+    from align_core.megatron.advantages import repetition_of  # noqa: PLC0415  (brings torch)
+
+    return lambda rollout: _scores(repetition_of(rollout.batch))
+
+
+def _scores(values: NDArray[np.float32]) -> list[Score]:
+    return [Score(value=float(value)) for value in values]
 
 
 def _texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[str], list[str], dict[str, list[object]]]:
