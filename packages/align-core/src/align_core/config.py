@@ -761,7 +761,7 @@ class PolicyConfig(StageConfig):
 
     reward: str = "math"
     """Rewards with weights, `NAME[=WEIGHT],...`: `model` (the reward model), `overlong`, `repetition`, `format`,
-    `command`, `http`, `judge`, a name of the entry-point group `align.rewards`, or a function of yours, `FILE.py:NAME`."""
+    `command`, `http`, `judge`, a name of the entry-point group `align.rewards`, or your function `FILE.py:NAME`."""
     reward_model: Path | None = None
     """Checkpoint directory of a reward model, for the reward `model`."""
     reward_model_parallel: ParallelConfig = field(default_factory=ParallelConfig)
