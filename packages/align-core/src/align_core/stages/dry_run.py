@@ -24,7 +24,6 @@ from align_core.types import Head
 Line = tuple[str, str]
 """A name and what is planned under it."""
 
-_GIB = 2**30
 _READERS: dict[type[StageConfig], Callable[[DataFiles], Dataset[Any]]] = {
     SftConfig: read_sft,
     RewardConfig: read_ranked,
@@ -86,7 +85,7 @@ def _memory_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
         models.append(("frozen reference", _memory(config, shape, trainable=False)))
     for name, memory in models:
         yield f"memory per GPU, {name}", _memory_text(memory)
-    yield "memory per GPU, in all", f"about {sum(memory.total for _, memory in models) / _GIB:.2f} GiB, and the runtime"
+    yield "memory per GPU, in all", f"about {_size(sum(memory.total for _, memory in models))}, and the runtime"
 
 
 def _file_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
@@ -96,8 +95,8 @@ def _file_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
     models = 1 + (config.export == "hf") + (isinstance(config, OfflineConfig) and config.keep_best)
     yield (
         "bytes written",
-        f"{config.out}: {models} x {weights * item / _GIB:.2f} GiB of models; while training "
-        f"{config.keep_last} + 1 checkpoints of {checkpoint / _GIB:.2f} GiB",
+        f"{config.out}: {models} x {_size(weights * item)} of models; while training "
+        f"{config.keep_last} + 1 checkpoints of {_size(checkpoint)}",
     )
 
 
@@ -109,8 +108,13 @@ def _memory(config: StageConfig, shape: ModelShape, *, trainable: bool) -> Model
 
 def _memory_text(memory: ModelMemory) -> str:
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
-    shown = [f"{name} {getattr(memory, name) / _GIB:.2f}" for name in parts if getattr(memory, name)]
-    return f"about {memory.total / _GIB:.2f} GiB: " + ", ".join(shown)
+    shown = [f"{name} {_size(getattr(memory, name))}" for name in parts if getattr(memory, name)]
+    return f"about {_size(memory.total)}: " + ", ".join(shown)
+
+
+def _size(number: int) -> str:
+    """Bytes in the larger unit that shows something."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**28 else f"{number / 2**20:.1f} MiB"
 
 
 def _head(config: StageConfig) -> Head:
