@@ -156,9 +156,9 @@ def _add_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, default=4, metavar="N", help="that read and write (default: 4)")
     command.add_argument(
         "--io",
-        choices=("auto", "direct", "buffered"),
-        default="auto",
-        help="auto: past the page cache, but for what it already has (default); buffered: through it",
+        choices=("direct", "buffered"),
+        default="direct",
+        help="past the page cache (default), or through it, for sources that are in it already",
     )
 
 

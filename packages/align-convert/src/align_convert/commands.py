@@ -151,10 +151,16 @@ def verify(arguments: Namespace) -> int:
         text = f"equal: {len(a.config.tensors())} tensors, {_bytes(weight_bytes(a))}, bit for bit"
     else:
         text = f"different: {difference}"
-    _say(json.dumps(result)) if arguments.json and not arguments.logits else None
-    if not arguments.json:
-        _say(text)
-    return 0 if difference is None else 1
+    status = 0 if difference is None else 1
+    if arguments.logits:
+        from align_convert.logits.compare import TOLERANCE, logit_difference  # noqa: PLC0415 # imports torch.distributed
+
+        worst = logit_difference(a, b)
+        result |= {"logit_difference": worst, "logits_agree": worst <= TOLERANCE}
+        text += f"\nlogits differ by at most {worst:.2g} (float32; up to {TOLERANCE:g} is rounding)"
+        status = max(status, 0 if worst <= TOLERANCE else 1)
+    _say(json.dumps(result) if arguments.json else text)
+    return status
 
 
 def _verify_checksums(arguments: Namespace) -> int:

@@ -95,7 +95,7 @@ def read_manifest(root: Path) -> dict[str, tuple[int, list[Chunk]]]:
     return files
 
 
-def first_damage(root: Path, *, mode: Mode = "auto") -> str | None:
+def first_damage(root: Path, *, mode: Mode = "direct") -> str | None:
     """What no longer is as it was written, as a sentence, or None."""
     for name, (size, chunks) in read_manifest(root).items():
         path = root / name
@@ -163,7 +163,7 @@ class Journal:
             raise FormatError(f"{str(path)!r} is damaged: {error}; run without --resume to begin anew") from error
         return len(whole)
 
-    def confirm(self, root: Path, *, mode: Mode = "auto") -> None:
+    def confirm(self, root: Path, *, mode: Mode = "direct") -> None:
         """Forget the tasks whose pieces are not on the disk as the journal says."""
         self.done = {task: chunks for task, chunks in self.done.items() if _holds(root, chunks, mode)}
 

@@ -47,7 +47,7 @@ class Settings:
     memory: int = DEFAULT_MEMORY
     """Bytes for buffers, above what the interpreter and torch take."""
     threads: int = _THREADS
-    mode: Mode = "auto"
+    mode: Mode = "direct"
 
     def __post_init__(self) -> None:
         if self.memory < MIN_MEMORY:
