@@ -160,3 +160,36 @@ def test_radar_is_a_polygon_a_model_with_escaped_names() -> None:
     assert "&lt;c&gt; no rating" in svg
     assert "<m>" not in svg
     assert svg.count("<circle") == 4
+
+
+def test_published_judgments_are_reported_without_answers_or_judge(data: Path, tmp_path: Path) -> None:
+    """FastChat's files alone: read strictly, repeated rows once, and the page shows what the judge read."""
+    row = {"model": "m", "judge": ["gpt-4", "single-v1"], "user_prompt": "the judge's prompt", "tstamp": 1.0}
+    rows = [
+        {**row, "question_id": 81, "turn": 1, "judgment": "[[5]], finally [[9]]", "score": 5},
+        {**row, "question_id": 81, "turn": 2, "judgment": "[[4]]", "score": 4},
+        {**row, "question_id": 81, "turn": 2, "judgment": "[[6]]", "score": 6},
+        {**row, "question_id": 82, "turn": 1, "judgment": "as in [1]", "score": 1},
+    ]
+    file = tmp_path / "gpt-4_single.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    out = ["--out", str(tmp_path / "out"), "--data", str(data)]
+    assert main(["mt-bench", "report", *out, "--judgments", str(file)]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (model,) = report["models"]
+    assert report["judge"] == "gpt-4"
+    assert (model["micro"]["mean"], model["micro"]["valid"]) == (7.5, 2)
+    assert model["failures"] == {"no verdict": 1, "not judged": 157}
+    assert (tmp_path / "out" / "report.html").read_text().count("the judge&#39;s prompt") == 3
+
+
+def test_what_is_missing_or_ambiguous_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["mt-bench", "report", "--out", str(tmp_path), "--data", str(data)]
+    assert main(out) == 2
+    assert "holds no judgments; run `align-eval mt-bench judge` first" in capsys.readouterr().err
+    for judge in ("one", "two"):
+        write_json(Folder(tmp_path).judge_summary(judge, "single"), {"judge": judge})
+    assert main(out) == 2
+    assert "several judges have judged here; choose with --judge: 'one' or 'two'" in capsys.readouterr().err
+    assert main([*out, "--judge", "three"]) == 2
+    assert "no judgments of 'three'; there are those of 'one' or 'two'" in capsys.readouterr().err
