@@ -6,6 +6,7 @@ A private Ray asks for a token that only its own processes know, has no dashboar
 import atexit
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from align_core.ray.placement import Node
 # process that starts it holds this file, it believes that it knows and does not ask.
 _SILENCER = "ray_bootstrap_config.yaml"
 _RESERVE_TIMEOUT_S = 60.0
+_ANSWER_TIMEOUT_S = 5.0
 
 _homes: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -79,6 +81,12 @@ def reserve(found: Sequence[Node]) -> Any:
 
 
 def _join(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():  # Ray itself would try for minutes
+        try:
+            socket.create_connection((host, int(port)), timeout=_ANSWER_TIMEOUT_S).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from error
     home = tempfile.TemporaryDirectory(prefix="align-ray-")
     _homes.append(home)
     atexit.register(stop)
@@ -89,9 +97,11 @@ def _join(address: str) -> None:
             address=address,
         )
     except ConnectionError as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address!r} ({error}); start one with: ray start --head"
-        ) from error
+        raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> ConfigError:
+    return ConfigError(f"no Ray cluster answers at {address!r} ({error}); start one with: ray start --head")
 
 
 def _init(home: Path, token: Path, **arguments: Any) -> None:

@@ -54,6 +54,11 @@ class Placement:
         self._trainers = 0
         self._engines = 0
 
+    @property
+    def slots(self) -> list[Slot]:
+        """All of them, in the order of their use."""
+        return list(self._slots)
+
     def trainer(self, ranks: int) -> list[Slot]:
         """A slot for each rank; all models begin at the first one.
 

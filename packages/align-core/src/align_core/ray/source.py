@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from align_core.contracts import WeightSource
 from align_core.ray.workers import WorkerGroup
 from align_core.transfer.rectangles import Part, Rows
 from align_core.types import ParamMeta, WeightTensor
@@ -14,9 +15,10 @@ from align_core.types import ParamMeta, WeightTensor
 class DirectWorkersSource:
     """The weights where the ranks hold them, for engines on the same GPUs; through the host's memory for others."""
 
-    def __init__(self, workers: WorkerGroup) -> None:
+    def __init__(self, workers: WorkerGroup, host: WeightSource) -> None:
+        """`host` gives the weights to engines that cannot reach the ranks' GPUs."""
         self._workers = workers
-        self._host = SharedMemorySource(workers)
+        self._host = host
         self._layout: Sequence[Sequence[Part]] = workers.call("weight_parts")
         self._devices: frozenset[str] = frozenset().union(*workers.call("weight_devices"))
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
+from align_core.ray.crossing import CrossingSource
 from align_core.ray.shared import reachable
 from align_core.ray.source import DirectWorkersSource, SharedMemorySource
 from align_core.ray.workers import WorkerGroup
@@ -33,15 +34,18 @@ class RayTrainer:
         *,
         timeout_s: float = 1800.0,
         make_rank: MakeRank | None = None,
+        several_nodes: bool = False,
     ) -> None:
         """Loads the model.
 
         Args:
+            several_nodes: ranks or engines may be on different ones.
             timeout_s: longest wait of a rank for another one, seconds.
             make_rank: what to run in each worker instead of a rank of Megatron.
         """
         self._workers = workers
         self._source: WeightSource | None = None
+        self._several_nodes = several_nodes
         self._on_gpus = all(place.gpus for place in workers.processes.places) and config.training.device != "cpu"
         nodes = len({place.node_id for place in workers.processes.places})
         self._meeting = workers.run(0, _open_meeting, nodes) if len(workers) > 1 else ""
@@ -76,7 +80,8 @@ class RayTrainer:
     def weights(self) -> WeightSource:
         """The weights where GPUs hold them; else a file in shared memory that each rank writes its own part of."""
         if self._source is None:
-            self._source = (DirectWorkersSource if self._on_gpus else SharedMemorySource)(self._workers)
+            host = (CrossingSource if self._several_nodes else SharedMemorySource)(self._workers)
+            self._source = DirectWorkersSource(self._workers, host) if self._on_gpus else host
         return self._source
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:

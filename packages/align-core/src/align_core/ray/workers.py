@@ -220,6 +220,14 @@ class WorkerGroup:
         """The method's result on rank 0; every rank is called, and no other rank's result travels."""
         return self._call(method, arguments, answering=1)[0]
 
+    def call_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """The method's result on every worker, each with arguments of its own."""
+        pending = [
+            actor.call.remote(self.role, method, True, *own)
+            for actor, own in zip(self.processes.actors, arguments, strict=True)
+        ]
+        return self.processes.collect(pending, method, role=self.role)
+
     def run(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """The function's result in the process of one worker."""
         pending = [self.processes.actors[rank].run.remote(function, *arguments)]

@@ -46,6 +46,7 @@ class RayWorld:
             WorkerGroup(_unlike(role, processes.users), processes),
             timeout_s=self._config.timeout_s,
             make_rank=self._make_rank,
+            several_nodes=len({slot.node for slot in self._start().slots}) > 1,
         )
         self._opened.append(trainer)
         return trainer

@@ -1,0 +1,225 @@
+"""Kills `align grpo` with SIGKILL in each of its phases, runs the same command again, and compares the metrics.
+
+    python benchmarks/resume.py --schedule sync --out benchmarks/results
+    python benchmarks/resume.py --schedule one_step_off --out benchmarks/results
+
+Real Megatron, real vLLM, Ray; the tiny model on CPU, which a reward for digits makes learn. Each schedule is run once
+undisturbed and then killed at points drawn by the seed: a phase (weight sync, generation, scoring, training, saving), a
+step, and a moment within the phase. What the continued run logs must equal the undisturbed run bit for bit, but for
+seconds. resume.md is written from all resume-*.json in the directory. About 35 s a run, two runs a point.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align_core import cli
+from align_core.stages import collect, grpo, schedule
+from align_core.stages.rewards import Rewards
+from align_core.stages.run import Run
+from align_core.tutorial.additions import write_additions
+from align_core.tutorial.tiny import make_tiny_model
+
+PHASES = ("sync", "generate", "score", "train", "save")
+STEPS = 8
+SAVE_EVERY = 2
+DEADLINE_S = 600.0
+REWARD = '''"""Rewards the share of digits."""
+
+from align_core.types import Score
+
+
+def digits(prompts, completions, columns):
+    return [Score(value=sum(c.isdigit() for c in text) / max(len(text), 1)) for text in completions]
+'''
+NOT_REPEATED = ("time", "seconds", "per_second", "mfu", "memory")  # parts of names of what a clock or a device says
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--schedule", choices=("sync", "one_step_off"), default="sync")
+    parser.add_argument("--points", type=int, default=5, help="kills; phases take turns")
+    parser.add_argument("--seed", type=int, default=0)
+    if sys.argv[1:2] == ["--child"]:
+        return run_until_killed(json.loads(sys.argv[2]), sys.argv[3:])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        record = prove(Path(folder), kind=arguments.schedule, points=arguments.points, seed=arguments.seed)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"resume-{arguments.schedule}.json").write_text(json.dumps(record, indent=2) + "\n")
+    found = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("resume-*.json"))]
+    (arguments.out / "resume.md").write_text(_markdown(found))
+    print(_markdown(found))
+    return 0 if all(point["equal"] and point["killed"] for point in record["points"]) else 1
+
+
+def prove(folder: Path, *, kind: str, points: int, seed: int) -> dict[str, Any]:
+    """Everything that one schedule showed."""
+    make_tiny_model(folder / "hf", seed=0)
+    write_additions(folder / "data", seed=0)
+    (folder / "reward.py").write_text(REWARD)
+    rng = random.Random(f"{kind} {seed}")
+    subprocess.run([sys.executable, "-m", "align_core", *words_of(folder, "whole", kind)], check=True)
+    whole = metrics(folder / "whole")
+    found = []
+    for number in range(points):
+        point = {
+            "phase": PHASES[number % len(PHASES)],
+            "step": rng.randrange(SAVE_EVERY, STEPS - 1),
+            "delay_s": round(rng.uniform(0.0, 0.05), 4),
+        }
+        if point["phase"] == "save":  # saving comes after every SAVE_EVERY steps
+            point["step"] = rng.randrange(1, STEPS // SAVE_EVERY)
+        began = time.perf_counter()
+        name = f"killed{number}"
+        killed = kill(point, words_of(folder, name, kind))
+        checkpoints = sorted(path.name for path in (folder / name / "checkpoints").glob("step_*"))
+        logged = len(metrics(folder / name))
+        again = [sys.executable, "-m", "align_core", *words_of(folder, name, kind)]
+        subprocess.run(again, check=True, timeout=DEADLINE_S)
+        after = metrics(folder / name)
+        found.append(
+            {
+                **point,
+                "killed": killed,
+                "lines_logged_before": logged,
+                "checkpoints": checkpoints,
+                "equal": after == whole,
+                "seconds": round(time.perf_counter() - began, 1),
+            }
+        )
+        print(found[-1], flush=True)
+    return {
+        "schedule": kind,
+        "seed": seed,
+        "steps": STEPS,
+        "save_every": SAVE_EVERY,
+        "rewards": [line["reward"] for line in whole],
+        "grad_norms": [line["grad_norm"] for line in whole],
+        "values_compared": sum(len(line) for line in whole),
+        "points": found,
+        "commit": _output(["git", "rev-parse", "--short", "HEAD"]),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    }
+
+
+def words_of(folder: Path, out: str, kind: str) -> list[str]:
+    """The command line after `align`."""
+    placement = "colocated" if kind == "sync" else "disaggregated"
+    return [
+        *("grpo", "--model", str(folder / "hf"), "--data", str(folder / "data" / "prompts.jsonl")),
+        *("--out", str(folder / out), "--steps", str(STEPS), "--save_every", str(SAVE_EVERY)),
+        *("--batch_size", "8", "--max_length", "64", "--reward", f"{folder / 'reward.py'}:digits"),
+        *("--scoring.workers", "1", "--sampling.n", "4", "--sampling.max_tokens", "8", "--optimizer.lr", "0.003"),
+        *("--engine.context", "64", "--engine.kv_cache_mib", "64", "--loss.kl_coef", "0.01"),
+        *("--schedule.kind", kind, "--cluster.placement", placement),
+    ]
+
+
+def kill(point: Mapping[str, Any], words: Sequence[str]) -> bool:
+    """Runs until the point, where the driver and all its children get SIGKILL; False if it ended before."""
+    command = [sys.executable, __file__, "--child", json.dumps(dict(point)), *words]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(timeout=DEADLINE_S) == -signal.SIGKILL
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_until_killed(point: Mapping[str, Any], words: list[str]) -> int:
+    """In the child: `align WORDS` with a hook on one phase, which ends the process group at its step."""
+    owner, name = {
+        "sync": (collect, "synchronise"),
+        "generate": (schedule, "collect"),
+        "score": (Rewards, "score"),
+        "train": (grpo, "update"),
+        "save": (Run, "_save"),
+    }[point["phase"]]
+    setattr(owner, name, _fatal(getattr(owner, name), call=point["step"], delay_s=point["delay_s"]))
+    return cli.main(words)
+
+
+def _fatal(function: Callable[..., Any], *, call: int, delay_s: float) -> Callable[..., Any]:
+    """The function; `delay_s` into its call number `call`, or at that call's return, the process group dies."""
+    calls = 0
+
+    def die() -> None:
+        os.killpg(os.getpgid(0), signal.SIGKILL)
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls - 1 != call:
+            return function(*arguments, **keywords)
+        timer = threading.Timer(delay_s, die)
+        timer.start()
+        function(*arguments, **keywords)
+        return die()
+
+    return wrapped
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what a clock says."""
+    path = out / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{k: v for k, v in line.items() if not any(part in k for part in NOT_REPEATED)} for line in lines]
+
+
+def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    points = [(record["schedule"], point) for record in records for point in record["points"]]
+    rows = [
+        f"| {kind} | {p['phase']} | {p['step']} | {1000 * p['delay_s']:.0f} | {p['lines_logged_before']} | "
+        f"{', '.join(p['checkpoints']) or 'none'} | {'yes' if p['equal'] and p['killed'] else '**no**'} |"
+        for kind, p in points
+    ]
+    good = sum(p["equal"] and p["killed"] for _, p in points)
+    facts = [
+        f"* {r['schedule']}: reward {r['rewards'][0]:.4f} to {r['rewards'][-1]:.4f}, gradient norms "
+        f"{min(r['grad_norms']):.3g} to {max(r['grad_norms']):.3g}; {r['values_compared']} values compared a run; "
+        f"{r['machine']}; commit {r['commit']}; seed {r['seed']}"
+        for r in records
+    ]
+    return "\n".join(
+        [
+            "# Killed anywhere, continued bit for bit",
+            "",
+            f"`align grpo` over Ray (Megatron, vLLM on CPU, tiny model, {STEPS} steps, checkpoint every {SAVE_EVERY}) "
+            "got SIGKILL, driver and children, in the named call of the phase, so long after its beginning; then the "
+            f"same command ran again. {good} of {len(rows)} continued with the metrics of the undisturbed run, bit for "
+            "bit. `python benchmarks/resume.py --schedule sync --out benchmarks/results`.",
+            "",
+            *facts,
+            "",
+            "| schedule | phase | call | after, ms | steps logged | checkpoints then | equal |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
