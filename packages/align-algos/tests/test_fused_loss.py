@@ -1,9 +1,12 @@
 """Losses piece by piece from hidden states equal the same losses on all log-probs at once."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from align_algos import (
     FusedOutput,
@@ -138,3 +141,35 @@ def test_cuts_that_do_not_fit_are_refused() -> None:
 def test_sum_of_outputs_adds_key_by_key() -> None:
     parts = [LossOutput(torch.tensor(x), {"a": torch.tensor(2 * x)}) for x in (1.0, 2.0)]
     assert_close(sum_outputs(parts), LossOutput(torch.tensor(3.0), {"a": torch.tensor(6.0)}))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any result that is larger than the output matrix."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight, self.elements = weight, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.numel() > self.weight.numel():
+            self.elements = max(self.elements, output.numel())
+        return output
+
+
+def test_the_logits_never_exist() -> None:
+    """512 tokens, hidden 2, vocabulary 1,024, bf16: blocks of 64 and 128 Ki elements where logits would have 512 Ki."""
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 2, generator=random).bfloat16().requires_grad_() for n in (512, 1024))
+    targets, mask = torch.zeros(512, dtype=torch.int64), torch.ones(512, dtype=torch.bool)
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        return sft_loss(output.logprobs_N, mask[rows], num_tokens=512)
+
+    with Largest(weight) as by_rows:
+        fused_loss(hidden, weight, targets, piece, block_bytes=128 << 10).loss.backward()
+    with Largest(weight) as by_columns:
+        output = fused_logprobs(hidden, weight, targets, entropy=True, block_bytes=256 << 10)
+        (output.logprobs_N.sum() + output.entropy_N.sum()).backward()
+    assert by_rows.elements == 64 << 10
+    assert by_columns.elements == 128 << 10  # a block has 256 columns at least
