@@ -114,6 +114,9 @@ class TrainingConfig:
     """Activations computed again in the backward pass instead of kept: the MLP's (selective; a sixth less memory, 1 %
     more time), or of whole layers (full; keeps one hidden state a layer, a third more time)."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory; the newest one is complete later."""
+
     def __post_init__(self) -> None:
         _positive(self, "micro_batch_tokens")
 

@@ -251,6 +251,15 @@ class SupportsClose(Protocol):
 
 
 @runtime_checkable
+class SupportsAsyncSave(Protocol):
+    """A trainer whose `save` may return before everything is on disk."""
+
+    def finish_saving(self) -> None:
+        """Returns when what `save` began is complete on disk; raises the error in which it ended."""
+        ...
+
+
+@runtime_checkable
 class SupportsOffload(Protocol):
     """A trainer that can leave its GPU to an engine for a while. On CPU both calls do nothing."""
 

@@ -1,6 +1,7 @@
 """Saving and continuing: bit for bit on the same layout, to rounding on another, and refusals."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,28 @@ def test_loading_goes_back_to_before_the_first_step(llama: Callable[..., Path], 
     trainer.close()
 
 
+@pytest.mark.parametrize("layout", ["one", "tp2"])
+def test_a_checkpoint_written_beside_training_holds_the_moment_of_its_save(
+    llama: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    """Two saves, each followed by steps; the first is complete when the second begins."""
+    complete, expected = run_ranks(_save_beside, LAYOUTS[layout], llama(), tmp_path)[0]
+    assert complete == [False, True]
+    for number in (0, 1):
+        _, found = run_ranks(_load_train, LAYOUTS[layout], llama(), tmp_path / f"saved_{number}", "float32")[0]
+        assert found == expected[number]
+
+
+def test_an_error_of_writing_beside_training_is_raised_to_who_waits(llama: Callable[..., Path], tmp_path: Path) -> None:
+    trainer = MegatronTrainer(_config(llama(), LAYOUTS["one"], async_save=True))
+    started = threading.Event()
+    trainer._saving.start(lambda: _fail(started))
+    assert started.wait(10)
+    with pytest.raises(OSError, match="no room"):
+        trainer.save(tmp_path / "saved", STATE)
+    trainer.close()
+
+
 def test_saving_again_replaces_the_checkpoint(llama: Callable[..., Path], tmp_path: Path) -> None:
     trainer = MegatronTrainer(_config(llama(), LAYOUTS["one"]))
     trainer.save(tmp_path / "saved", {"step": "0"})
@@ -136,7 +159,12 @@ def test_a_frozen_model_has_nothing_to_save(llama: Callable[..., Path], tmp_path
 
 
 def _config(
-    directory: Path, parallel: ParallelConfig, *, dtype: Dtype = "float32", trainable: bool = True
+    directory: Path,
+    parallel: ParallelConfig,
+    *,
+    dtype: Dtype = "float32",
+    trainable: bool = True,
+    async_save: bool = False,
 ) -> TrainerConfig:
     return TrainerConfig(
         model=directory,
@@ -144,7 +172,7 @@ def _config(
         steps=6,
         trainable=trainable,
         optimizer=OptimizerConfig(lr=2e-3, eps=1e-5, weight_decay=0.1, warmup_steps=1),
-        training=TrainingConfig(micro_batch_tokens=48, dtype=dtype, device="cpu"),
+        training=TrainingConfig(micro_batch_tokens=48, dtype=dtype, device="cpu", async_save=async_save),
     )
 
 
@@ -165,3 +193,29 @@ def _load_train(
     trainer = MegatronTrainer(_config(directory, context.parallel, dtype=dtype), context)
     state = dict(trainer.load(path))
     return state, _steps(trainer, 2, 5)
+
+
+def _save_beside(
+    context: RankContext, directory: Path, folder: Path
+) -> tuple[list[bool], list[list[dict[str, float]]]]:
+    """Whether the first checkpoint was there before and after the second save; the steps that follow each."""
+    trainer = MegatronTrainer(_config(directory, context.parallel, async_save=True), context)
+    complete, following = [(folder / "saved_0").exists()], []
+    for number in (0, 1):
+        if number:
+            trainer.load(folder / "saved_0")
+            trainer.step(ragged_batch(seed=9), SftLoss())
+        else:
+            _steps(trainer, 0, 2)
+        trainer.save(folder / f"saved_{number}", STATE)
+        if number:
+            complete.append((folder / "saved_0").exists())
+        following.append(_steps(trainer, 2, 5))
+    trainer.finish_saving()
+    trainer.close()
+    return complete, following
+
+
+def _fail(started: threading.Event) -> None:
+    started.set()
+    raise OSError("no room")

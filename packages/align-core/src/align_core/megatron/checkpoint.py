@@ -8,7 +8,7 @@ one's own runs are to be loaded: torch_dist metadata is a pickle.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -43,21 +43,23 @@ _RECORD = "align.json"
 _FORMAT = 2
 
 
-class _InProcessWriter(SaveShardedStrategy):  # type: ignore[misc]
-    """The torch_dist format, written by threads of this process."""
+class _Collecting(SaveShardedStrategy):  # type: ignore[misc]
+    """Takes what megatron-core would write, in the torch_dist format, and keeps it to be written later."""
 
-    def __init__(self, more: Mapping[str, Rectangles]) -> None:
+    def __init__(self, more: Mapping[str, Rectangles], *, copy: bool) -> None:
         super().__init__("torch_dist", 1)
-        self._more = more
+        self._more, self._copy = more, copy
+        self.collected: dict[str, Any] = {}
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's shards."""
+        """Take this rank's shards; copied to the host if training goes on before they are written."""
+        del checkpoint_dir
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_save(
-            {**mcore_to_pyt_state_dict(renamed, False), **self._more},
-            storage_writer=FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+        if self._copy:
+            for shard in (shard for shards in renamed.values() for shard in shards if isinstance(shard, ShardedTensor)):
+                shard.data = shard.data.detach().to("cpu", copy=True)
+        more = {key: part.copied_to_host() if self._copy else part for key, part in self._more.items()}
+        self.collected = {**mcore_to_pyt_state_dict(renamed, False), **more}
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -68,19 +70,28 @@ class _InProcessWriter(SaveShardedStrategy):  # type: ignore[misc]
 @contextlib.contextmanager
 def shared_directory(path: Path, context: RankContext) -> Iterator[Path]:
     """A hidden sibling of `path` that all ranks fill; when all are done, rank 0 gives it its name."""
+    partial = _begin(path, context)
+    yield partial
+    _commit(partial, path, context, None)
+
+
+def _begin(path: Path, context: RankContext) -> Path:
     partial = path.with_name(f".{path.name}.partial")
     if context.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    yield partial
-    dist.barrier()
+    return partial
+
+
+def _commit(partial: Path, path: Path, context: RankContext, group: dist.ProcessGroup | None) -> None:
+    dist.barrier(group=group)
     if context.rank == 0:
         replace_directory(partial, path)
-    dist.barrier()
+    dist.barrier(group=group)
 
 
-def save_checkpoint(
+def begin_checkpoint(
     path: Path,
     *,
     chunks: Sequence[LlamaModel],
@@ -89,26 +100,45 @@ def save_checkpoint(
     lora_rank: int,
     context: RankContext,
     state: Mapping[str, str],
-) -> None:
-    """Write weights, optimizer, schedule, random state and `state`; every rank calls it."""
-    with shared_directory(path, context) as partial:
-        content: dict[str, Any] = _weights(chunks)
-        state_of = sharded_state(_owned(optimization), _flat(content), vocab_size=config.vocab_size)
-        content["rng"] = _random_state(context)
-        content["scheduler"] = optimization.scheduler.state_dict()
+    group: dist.ProcessGroup | None,
+) -> Callable[[], None]:
+    """Gather weights, optimizer, schedule, random state and `state`; the result writes them. Every rank calls both.
+
+    Args:
+        group: over which ranks agree while writing. With one of its own, the result may run in another thread while
+            training goes on, because everything is copied; without one, it is to be called at once.
+    """
+    partial = _begin(path, context)
+    content: dict[str, Any] = _weights(chunks)
+    state_of = sharded_state(_owned(optimization), _flat(content), vocab_size=config.vocab_size)
+    content["rng"] = _random_state(context)
+    content["scheduler"] = optimization.scheduler.state_dict()
+    collecting = _Collecting(state_of, copy=group is not None)
+    with quiet_megatron():
+        dist_checkpointing.save(content, str(partial), sharded_strategy=collecting)
+    record = {
+        "format": _FORMAT,
+        "step": optimization.steps_done,
+        "adam_steps": optimization.adam_steps,
+        "parallel": _layout(context),
+        "state": dict(state),
+        "tensors": _shapes(config),
+        "lora_rank": lora_rank,
+    }
+
+    def write() -> None:
         with quiet_megatron():
-            dist_checkpointing.save(content, str(partial), sharded_strategy=_InProcessWriter(state_of))
+            torch_save(
+                collecting.collected,
+                storage_writer=FileSystemWriter(partial),
+                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+                process_group=group,
+            )
         if context.rank == 0:
-            record = {
-                "format": _FORMAT,
-                "step": optimization.steps_done,
-                "adam_steps": optimization.adam_steps,
-                "parallel": _layout(context),
-                "state": dict(state),
-                "tensors": _shapes(config),
-                "lora_rank": lora_rank,
-            }
             write_json(partial / _RECORD, record)
+        _commit(partial, path, context, group)
+
+    return write
 
 
 def load_checkpoint(
@@ -120,7 +150,7 @@ def load_checkpoint(
     lora_rank: int,
     context: RankContext,
 ) -> dict[str, str]:
-    """Continue from `save_checkpoint`; every rank calls it; returns the saved `state`.
+    """Continue from `begin_checkpoint`; every rank calls it; returns the saved `state`.
 
     Raises:
         CheckpointError: nothing there, incomplete, or another model's.

@@ -20,7 +20,8 @@ from align_convert.layout import Rank
 from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
 from align_core.errors import AlignError, ConfigError, DataError, LayoutError
-from align_core.megatron.checkpoint import load_checkpoint, save_checkpoint, shared_directory
+from align_core.megatron.background import Background
+from align_core.megatron.checkpoint import begin_checkpoint, load_checkpoint, shared_directory
 from align_core.megatron.lora import ExportedChunk, start_adapters
 from align_core.megatron.losses import prepare_loss
 from align_core.megatron.microbatch import MicroBatch, pack
@@ -69,6 +70,8 @@ class MegatronTrainer:
         self.context = context or init_rank(parallel=config.parallel, device=config.training.device, seed=config.seed)
         self._open = True
         self._live: RankWeights | None = None
+        self._saving = Background()
+        self._saving_group = dist.new_group(backend="gloo") if config.training.async_save and config.trainable else None
         self._weights_shelf, self._state_shelf, self._gradient_shelf = Shelf(), Shelf(), Shelf(keep=False)
         dtype = config.training.dtype
         try:
@@ -239,9 +242,13 @@ class MegatronTrainer:
         return self._write(metas, np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)))
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
-        """Write all that is needed to continue, atomically; every rank calls it."""
+        """Write all that is needed to continue, atomically; every rank calls it.
+
+        With `training.async_save` it returns when everything is copied, and after the save before; see `finish_saving`.
+        """
         self.reload()
-        save_checkpoint(
+        self._saving.wait()
+        write = begin_checkpoint(
             Path(path),
             chunks=self._chunks,
             optimization=self._trained(),
@@ -249,10 +256,20 @@ class MegatronTrainer:
             lora_rank=self.config.lora.rank,
             context=self.context,
             state=state,
+            group=self._saving_group,
         )
+        if self._saving_group is None:
+            write()
+        else:
+            self._saving.start(write)
+
+    def finish_saving(self) -> None:
+        """Return when what `save` began is complete on disk; raises the error in which it ended."""
+        self._saving.wait()
 
     def load(self, path: Path) -> Mapping[str, str]:
         """Continue from `save`, on any parallel layout; returns the `state` saved with it; every rank calls it."""
+        self._saving.wait()
         self.reload()
         self._forget_exported()
         return load_checkpoint(
@@ -266,6 +283,7 @@ class MegatronTrainer:
 
     def export(self, path: Path) -> None:
         """Write a Megatron checkpoint directory, config and tokenizer beside it, atomically; every rank calls it."""
+        self._saving.wait()
         self._weights_shelf.bring_back()
         layout = layout_of(self.config.parallel)
         dtype = DTYPES[self.config.training.dtype]
@@ -305,6 +323,7 @@ class MegatronTrainer:
         """Give up the model and, if it was made here, the process group; calling it again does nothing."""
         if not self._open:
             return
+        self._saving.wait()
         self._open = False
         self._live = None
         self.__dict__.pop("_chunks", None)

@@ -88,6 +88,10 @@ class RayTrainer:
         """See `align_core.contracts.Trainer`."""
         self._workers.call("save", path, dict(state))
 
+    def finish_saving(self) -> None:
+        """See `align_core.contracts.SupportsAsyncSave`."""
+        self._workers.call("finish_saving")
+
     def load(self, path: Path) -> Mapping[str, str]:
         """See `align_core.contracts.Trainer`."""
         state: Mapping[str, str] = self._first("load", path)

@@ -29,6 +29,7 @@ import yaml
 
 from align_core.atomic import write_json, write_text
 from align_core.config import StageConfig
+from align_core.contracts import SupportsAsyncSave
 from align_core.errors import (
     CheckpointError,
     ConfigError,
@@ -130,6 +131,8 @@ class Run:
                     if (step + 1) % self.config.save_every == 0 or stop.is_set():
                         self._save(step + 1, model, beside, state)
                     if stop.is_set():
+                        if isinstance(model, SupportsAsyncSave):
+                            model.finish_saving()
                         raise Stopped(f"stopped after step {step + 1} of {self.config.steps}, which is saved")
         finally:
             for tracker in self._trackers:
@@ -247,9 +250,12 @@ class Run:
             path = folder / f"{name}_step_{step}"
             shutil.rmtree(path, ignore_errors=True)  # of a run that was killed before it wrote step_N
             other.save(path, {"step": str(step)})
+            if isinstance(other, SupportsAsyncSave):
+                other.finish_saving()
         # Last: its presence says that the step is complete.
         kept = {key: value for each in state for key, value in each.state().items()}
         model.save(folder / f"step_{step}", {"step": str(step), **kept})
+        # Of those that are complete: one that is still being written is not among them.
         for older in sorted(_checkpoints(self.out))[: -self.config.keep_last]:
             shutil.rmtree(folder / f"step_{older}")
             for name in beside:
