@@ -204,7 +204,7 @@ def in_two_processes(model: Path, arguments: argparse.Namespace, results: Result
         config = dataclasses.replace(engine_config(arguments, dtype), memory_fraction=0.4)
         engine, seconds = timed(lambda: world.engine(model, config))
         results.add(seconds_start=seconds)
-        (place,) = engine._workers.processes.places
+        (place,) = engine._replicas[0].workers.processes.places
         workers = WorkerGroup("trainer", Processes("trainer", [place], board=world._board))
         workers.build([partial(Trainer, model, dtype)])
         source = DirectWorkersSource(workers)

@@ -82,6 +82,10 @@ class DirectSource(Protocol):
 class DirectSink(Protocol):
     """A weight sink that fetches announced weights from a trainer's memory itself, between `begin` and `commit`."""
 
+    def remember(self, source: DirectSource) -> None:
+        """Says where the weights to come are from, for whoever has to fetch them a second time."""
+        ...
+
     def devices(self) -> frozenset[str]:
         """UUIDs of the GPUs that every engine behind this sink sees, and so can fetch from."""
         ...

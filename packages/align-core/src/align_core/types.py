@@ -260,6 +260,13 @@ class WeightTensor:
 
 WeightChunk = Sequence[WeightTensor]
 
+
+def shared_memory() -> Path | None:
+    """The directory of files that live in memory, where there is one."""
+    directory = Path("/dev/shm")
+    return directory if directory.is_dir() else None
+
+
 # Odd weights make every bit of every element count (a bit flip changes the sum by an odd multiple of a power of two);
 # weights that grow with the position make a swap of two elements visible.
 POSITION_STEP = 0x9E3779B97F4A7C14

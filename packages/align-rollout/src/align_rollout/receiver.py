@@ -33,7 +33,7 @@ class WeightReceiver:
         """Maps `weights` and holds on to them; a mapped file may be deleted from now on."""
         staged = self._align().staged
         for weight in weights:
-            staged[weight.meta.name] = _as_tensor(weight)
+            staged[weight.meta.name] = as_tensor(weight)
 
     def align_discard(self) -> None:
         """Lets go of what was staged."""
@@ -196,7 +196,8 @@ def _repack_tied_head(model: Any) -> None:
     head.quant_method.process_weights_after_loading(head)
 
 
-def _as_tensor(weight: WeightTensor) -> "torch.Tensor":
+def as_tensor(weight: WeightTensor) -> "torch.Tensor":
+    """The weight as a tensor over its very bytes, which are only to be read."""
     import torch  # noqa: PLC0415  - comes with the extra; without it this module still imports
 
     dtype: torch.dtype = getattr(torch, weight.meta.dtype)

@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from align_core.contracts import DirectSink, WeightSink
+from align_core.contracts import DirectSink, DirectSource, WeightSink
 from align_core.errors import SyncError
 from align_core.transfer.rectangles import Part, Pulled, Rows
-from align_core.types import ParamMeta, WeightChunk, WeightTensor
+from align_core.types import ParamMeta, WeightChunk, WeightTensor, shared_memory
 from align_rollout.update import PendingUpdate, check_version
 
 _log = logging.getLogger(__name__)
 _NO_WEIGHTS = -1  # below every version, so that the first one may be 0
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class VllmWeightSink:
@@ -103,6 +102,9 @@ class VllmWeightSink:
         self._broken, self._lost = "", False
         self._release()
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
+
+    def remember(self, source: DirectSource) -> None:
+        """Nothing to do: an engine in this process is lost only with the process."""
 
     def devices(self) -> frozenset[str]:
         """UUIDs of the GPUs that this engine's workers see."""
@@ -193,8 +195,7 @@ class VllmWeightSink:
         if self._in_process or all(weight.data is None for weight in chunk):
             yield list(chunk)
             return
-        folder = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-        with tempfile.NamedTemporaryFile(prefix="align-weights-", dir=folder) as file:
+        with tempfile.NamedTemporaryFile(prefix="align-weights-", dir=shared_memory()) as file:
             moved = []
             for weight in chunk:
                 moved.append(dataclasses.replace(weight, data=None, file=Path(file.name), offset=file.tell()))

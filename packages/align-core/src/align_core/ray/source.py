@@ -9,7 +9,7 @@ import numpy as np
 from align_core.contracts import WeightSource
 from align_core.ray.workers import WorkerGroup
 from align_core.transfer.rectangles import Part, Rows
-from align_core.types import ParamMeta, WeightTensor
+from align_core.types import ParamMeta, WeightTensor, shared_memory
 
 
 class DirectWorkersSource:
@@ -61,14 +61,10 @@ class SharedMemorySource:
     def iterate(self) -> Iterator[WeightTensor]:
         """See `align_core.contracts.WeightSource`; the file goes away with this source."""
         offsets = np.concatenate([[0], np.cumsum([meta.nbytes for meta in self._layout])])
-        self._file = tempfile.NamedTemporaryFile(prefix="align-weights-", dir=_shared_memory())  # noqa: SIM115
+        self._file = tempfile.NamedTemporaryFile(prefix="align-weights-", dir=shared_memory())  # noqa: SIM115
         self._file.truncate(int(offsets[-1]))
         path = Path(self._file.name)
         partial_sums = self._workers.call("write_weights", path)
         for meta, offset in zip(self._layout, offsets):
             total = sum(sums.get(meta.name, 0) for sums in partial_sums) % 2**64
             yield WeightTensor(meta=meta, checksum=total, file=path, offset=int(offset))
-
-
-def _shared_memory() -> str | None:
-    return "/dev/shm" if Path("/dev/shm").is_dir() else None

@@ -1,5 +1,6 @@
 """A `World` over Ray: trainers as groups of Megatron ranks, engines in processes of their own, each in its place."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ from ray.util.placement_group import remove_placement_group
 
 from align_core.config import ClusterConfig, EngineConfig, TrainerConfig
 from align_core.contracts import RolloutEngine
-from align_core.errors import ConfigError
 from align_core.ray import cluster
 from align_core.ray.engine import RayEngine
 from align_core.ray.placement import Placement, Slot
@@ -52,13 +52,11 @@ class RayWorld:
         return trainer
 
     def engine(self, model: Path, config: EngineConfig) -> RolloutEngine:
-        """An engine of the registry in its own process."""
-        placement = self._start()
-        if placement.on_gpus and config.tensor > 1:
-            raise ConfigError(f"engine.tensor {config.tensor}: an engine over several GPUs is not there yet; use 1")
-        (slots,) = placement.engines(config.tensor)
-        role = f"engine {config.name}"
-        engine = RayEngine(model, config, WorkerGroup(role, Processes(role, [self._place(slots)], board=self._board)))
+        """An engine of the registry, each of its replicas in a process of its own."""
+        places = [self._place(slots) for slots in self._start().engines(config.tensor, config.replicas)]
+        engine = RayEngine(
+            model, config, [partial(self._engine_process, config, place, index) for index, place in enumerate(places)]
+        )
         self._opened.append(engine)
         return engine
 
@@ -85,6 +83,11 @@ class RayWorld:
             remove_placement_group(self._reserved)
             self._reserved = None
         self._placement = None
+
+    def _engine_process(self, config: EngineConfig, place: Place, replica: int) -> WorkerGroup:
+        """A process for an engine, at the start and again after one has died."""
+        role = f"engine {config.name}" + (f" replica {replica}" if config.replicas > 1 else "")
+        return WorkerGroup(role, Processes(role, [place], board=self._board))
 
     def _start(self) -> Placement:
         if self._placement is None:

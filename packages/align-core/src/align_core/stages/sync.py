@@ -69,6 +69,7 @@ def _pull(source: DirectSource, sink: DirectSink, *, version: int, verify: Verif
     """Has the engine fetch the weights while the trainer sums its own; seconds by phase."""
     rows = {"sampled": Rows.sampled(version), "full": Rows(), "off": None}[verify]
     started = time.perf_counter()
+    sink.remember(source)
     memory = source.memory()
     offered = time.perf_counter()
     with ThreadPoolExecutor(max_workers=1) as beside:

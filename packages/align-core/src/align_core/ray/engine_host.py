@@ -1,0 +1,67 @@
+"""Runs beside an engine in its worker process, so that the engine and its sink can be called from the driver."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from align_core.config import EngineConfig
+from align_core.contracts import DirectSink, RolloutEngine, SupportsAsyncGenerate, SupportsSleep
+from align_core.errors import AlignError, ConfigError
+from align_core.stages.local import make_engine
+from align_core.transfer.rectangles import Part, Pulled, Rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refusal:
+    """An error of ours as an answer: a prompt that is too long must not end the process, as a failure would."""
+
+    error: AlignError
+
+
+class EngineHost:
+    """The engine named in its configuration, made here."""
+
+    def __init__(self, model: Path, config: EngineConfig) -> None:
+        """Starts the engine on the directory `model`."""
+        self._engine: RolloutEngine = make_engine(model, config)
+        self._sink = self._engine.weight_sink()
+        self._layout: Sequence[Sequence[Part]] = []
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """`method` of the engine, of its sink or of this object, or the Refusal it ended in."""
+        try:
+            return getattr(self._owner(method), method)(*arguments)
+        except AlignError as error:
+            return Refusal(error=error)
+
+    def pulls(self) -> bool:
+        """Whether the engine fetches weights itself."""
+        return isinstance(self._sink, DirectSink)
+
+    def pull(
+        self, layout: Sequence[Sequence[Part]] | None, memory: Sequence[Mapping[str, object]], rows: Rows | None
+    ) -> Sequence[Pulled]:
+        """As the sink's, but `layout` comes only when it is another one than before."""
+        self._layout = layout or self._layout  # the same object every time, so that the engine knows it again
+        return cast("DirectSink", self._sink).pull(self._layout, memory, rows)
+
+    def sleep(self, keep_weights: bool) -> None:
+        """As the engine's."""
+        if not isinstance(self._engine, SupportsSleep):
+            raise ConfigError(f"the engine {type(self._engine).__name__} cannot sleep; set engine.sleep to false")
+        self._engine.sleep(keep_weights=keep_weights)
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._engine.close()
+
+    def _owner(self, method: str) -> object:
+        if method in ("pulls", "pull", "sleep"):
+            return self
+        if method in ("begin", "load", "commit", "layouts", "devices"):
+            return self._sink
+        background = ("submit", "poll", "abort", "pause", "resume")
+        if method in background and not isinstance(self._engine, SupportsAsyncGenerate):
+            raise ConfigError(f"the engine {type(self._engine).__name__} does not sample in the background")
+        return self._engine
