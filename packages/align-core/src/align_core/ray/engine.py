@@ -7,7 +7,7 @@ completion that came before is never delivered twice. Each such event is logged 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,6 +102,7 @@ class RayEngine:
             for replica, share in zip(self._replicas, shares)
             if share
         ]
+        wait(pending)
         found = [completion for future in pending for completion in future.result()]
         order = {prompt.id: place for place, prompt in enumerate(prompts)}
         return sorted(found, key=lambda completion: (order[completion.prompt_id], completion.sample))
@@ -177,7 +178,9 @@ class RayEngine:
 
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
         """The answer of every replica; a death ends it, because weights that are half in need to be sent anew."""
-        return list(self._pool.map(lambda replica: replica.ask(method, *arguments), self._replicas))
+        pending = [self._pool.submit(replica.ask, method, *arguments) for replica in self._replicas]
+        wait(pending)  # an error must not leave before the others are done with files that go away with the call
+        return [future.result() for future in pending]
 
     def _alive(self, replica: _Replica, method: str, *arguments: Any) -> Any:
         """The answer of a replica, which is started again if it has died."""
