@@ -7,7 +7,7 @@ runtime (about 1 GiB a process). The tests compare it with peaks measured on a G
 
 from dataclasses import dataclass
 
-from align_core.config import ParallelConfig, TrainingConfig
+from align_core.config import LoraConfig, ParallelConfig, TrainingConfig
 from align_core.model_shape import ModelShape
 from align_core.types import ITEM_BYTES, Head
 
@@ -33,7 +33,13 @@ class ModelMemory:
 
 
 def model_memory(
-    shape: ModelShape, *, parallel: ParallelConfig, training: TrainingConfig, head: Head = "lm", trainable: bool = True
+    shape: ModelShape,
+    *,
+    parallel: ParallelConfig,
+    training: TrainingConfig,
+    head: Head = "lm",
+    trainable: bool = True,
+    lora: LoraConfig | None = None,
 ) -> ModelMemory:
     """An estimate for one rank of the first pipeline stage, which holds the embedding and most activations."""
     layers = -(-shape.layers // parallel.pipeline)
@@ -45,7 +51,8 @@ def model_memory(
     item = ITEM_BYTES[training.dtype]
     tokens = -(-training.micro_batch_tokens // parallel.context)
     # AdamW's two averages, and the float32 weights that bfloat16 ones are rounded from; each copy keeps a share.
-    state = held * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
+    learnt = held if lora is None or not lora.rank else -(-layers * _adapters(shape, lora.rank) // parallel.tensor)
+    state = learnt * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
     logits = tokens * -(-shape.vocab // parallel.tensor) * (item + _FLOAT32)
     if head == "score" or parallel.pipeline > 1:
         logits = 0
@@ -57,11 +64,18 @@ def model_memory(
     kept = layers * parallel.pipeline * layer if trainable else layer
     return ModelMemory(
         weights=held * item,
-        gradients=held * _FLOAT32 if trainable else 0,
+        gradients=learnt * _FLOAT32 if trainable else 0,
         optimizer=state if trainable else 0,
         activations=kept,
         logits=logits,
     )
+
+
+def _adapters(shape: ModelShape, rank: int) -> int:
+    """Weights of the adapters of one layer: rank x (inputs + outputs) of each of its four products."""
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    ends = (shape.hidden + query + 2 * kv) + (query + shape.hidden) + (shape.hidden + 2 * shape.ffn)
+    return rank * (ends + shape.ffn + shape.hidden)
 
 
 def _layer_activations(shape: ModelShape, parallel: ParallelConfig, recompute: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align_core.cli import main
-from align_core.config import ParallelConfig, TrainingConfig
+from align_core.config import LoraConfig, ParallelConfig, TrainingConfig
 from align_core.errors import AlignError
 from align_core.memory import model_memory
 from align_core.model_shape import ModelShape, read_model_shape
@@ -47,6 +47,16 @@ def test_estimate_is_near_the_measured_peak(layers: int, tokens: int, recompute:
     assert model_memory(shape, parallel=ParallelConfig(), training=training).total / 2**30 == pytest.approx(
         gib, rel=0.03
     )
+
+
+def test_adapters_alone_have_gradients_and_optimizer_state() -> None:
+    """Rank 2 on the 7B shape: (4 x 4096) + (2 x 4096) + (4096 + 2 x 11008) + (11008 + 4096) = 65,792 a layer
+    and rank, so 2 x 32 x 65,792 = 4,210,688 in all."""
+    training, lora = TrainingConfig(dtype="bfloat16"), LoraConfig(rank=2)
+    memory = model_memory(LLAMA_2_7B, parallel=ParallelConfig(), training=training, lora=lora)
+    assert memory.gradients == 4 * 4_210_688
+    assert memory.optimizer == 12 * 4_210_688
+    assert memory.weights == 2 * LLAMA_2_7B.parameters()
 
 
 def test_optimizer_is_shared_by_data_parallel_ranks() -> None:

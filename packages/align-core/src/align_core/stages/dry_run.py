@@ -102,7 +102,12 @@ def _file_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
 
 def _memory(config: StageConfig, shape: ModelShape, *, trainable: bool) -> ModelMemory:
     return model_memory(
-        shape, parallel=config.parallel, training=config.training, head=_head(config), trainable=trainable
+        shape,
+        parallel=config.parallel,
+        training=config.training,
+        head=_head(config),
+        trainable=trainable,
+        lora=config.lora,
     )
 
 
