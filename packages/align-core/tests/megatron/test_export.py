@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from megatron_llama import hugging_face_weights, ragged_batch
 from megatron_world import run_ranks
+from numpy.typing import NDArray
 
 from align_convert import load_any
+from align_convert.cli import main as convert
 from align_core.config import ParallelConfig, SftLoss, TrainerConfig, TrainingConfig
 from align_core.megatron import MegatronTrainer, RankContext
 from align_core.types import Head
@@ -50,6 +52,20 @@ def test_an_exported_reward_model_says_so_and_loads_again(llama: Callable[..., P
     trainer.close()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--tp", "2", "--pp", "2"), ("--tp", "2", "--names", "te"), ("--format", "torch_dist")],
+    ids=["mp_rank-tp2-pp2", "mp_rank-te-names", "torch_dist"],
+)
+def test_megatron_directories_are_loaded_as_they_are(
+    llama: Callable[..., Path], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Whatever their format and layout, under another layout here."""
+    assert convert(["to-megatron", str(llama()), str(tmp_path / "megatron"), *options]) == 0
+    found = run_ranks(_logprobs_rank, ParallelConfig(pipeline=2), tmp_path / "megatron")[0]
+    np.testing.assert_array_equal(found, run_ranks(_logprobs_rank, ParallelConfig(pipeline=2), llama())[0])
+
+
 def test_a_trained_model_scores_alike_after_export(llama: Callable[..., Path], tmp_path: Path) -> None:
     trainer = MegatronTrainer(TrainerConfig(model=llama(), steps=1, training=CPU))
     trainer.step(ragged_batch(), SftLoss())
@@ -70,3 +86,8 @@ def _export_rank(context: RankContext, directory: Path, out: Path, head: Head) -
         training=CPU,
     )
     MegatronTrainer(config, context).export(out)
+
+
+def _logprobs_rank(context: RankContext, directory: Path) -> NDArray[np.float32]:
+    config = TrainerConfig(model=directory, parallel=context.parallel, trainable=False, training=CPU)
+    return MegatronTrainer(config, context).logprobs(ragged_batch())
