@@ -1,6 +1,11 @@
 """The `align-rollout` command, also mounted as `align rollout`: arguments, errors, exit status; `jobs` works."""
 
 import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -11,10 +16,13 @@ from rich.console import Console
 
 from align_core import registry
 from align_core.config import Device, Dtype, EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate
 from align_core.errors import AlignError, ConfigError
 from align_core.text import TemplateName, load_tokenizer
-from align_rollout.jobs import complete, encode, read_records, write_records
+from align_rollout.bench import measure
+from align_rollout.checkpoint import read_model
+from align_rollout.jobs import Journal, complete, encode, read_records, write_records
+from align_rollout.server import TOKEN_VARIABLE, make_server
 
 _ENGINE = EngineConfig()
 _SAMPLING = SamplingConfig(temperature=0)  # a command should answer alike twice, unless asked to sample
@@ -27,18 +35,90 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed the help or the reason
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        _generate(arguments)
+        arguments.run(arguments)
     except (AlignError, OSError) as error:
         sys.stderr.write(f"align-rollout: error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("align-rollout: interrupted; nothing is written\n")
+        sys.stderr.write("align-rollout: interrupted; the same command continues a 'generate'\n")
         return 130
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    config = EngineConfig(
+    config, sampling = _engine_config(arguments), _sampling_config(arguments)
+    room = config.context - sampling.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"--max-tokens {sampling.max_tokens} leaves no room for a prompt in --context {config.context}; lower it"
+        )
+    if arguments.out.exists() and not arguments.overwrite:
+        raise ConfigError(f"{str(arguments.out)!r} exists; give another name, or --overwrite")
+    start = _starter(config)
+    records = read_records(arguments.prompts)
+    tokenizer = load_tokenizer(arguments.model)
+    prompts = encode(records, tokenizer, template=arguments.template, max_tokens=room)
+    settings = {
+        "model": str(arguments.model.resolve()),
+        "prompts": hashlib.sha256(arguments.prompts.read_bytes()).hexdigest(),
+        "template": arguments.template,
+        "sampling": dataclasses.asdict(sampling),
+    }
+    journal = Journal(arguments.out, settings)
+    try:
+        engine = start(arguments.model, config)
+        try:
+            console = Console(stderr=True)
+            at_once = 4 * config.max_sequences
+            completions = complete(engine, prompts, sampling, journal, at_once=at_once, console=console)
+        finally:
+            engine.close()
+    finally:
+        journal.close()
+    write_records(arguments.out, records, completions, tokenizer)
+    journal.remove()
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    config = _engine_config(arguments)
+    start = _starter(config)
+    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
+    tokenizer = load_tokenizer(arguments.model)
+    engine = start(arguments.model, config)
+    try:
+        if not isinstance(engine, SupportsAsyncGenerate):
+            raise ConfigError(f"the engine {config.name!r} does not sample in the background, which a server needs")
+        server = make_server(engine, tokenizer, config=config, host=arguments.host, port=arguments.port, token=token)
+        shown = "" if TOKEN_VARIABLE in os.environ else f" with the token {token}"
+        sys.stderr.write(f"align-rollout: serving on http://{arguments.host}:{server.server_address[1]}{shown}\n")
+        server.serve_forever()
+    finally:
+        engine.close()
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    config = _engine_config(arguments)
+    engine = _starter(config)(arguments.model, config)
+    try:
+        found = measure(
+            engine,
+            prompts=arguments.prompts,
+            prompt_tokens=arguments.prompt_tokens,
+            sampling=SamplingConfig(max_tokens=arguments.max_tokens, seed=arguments.seed),
+            vocab_size=read_model(arguments.model).vocab_size,
+        )
+    finally:
+        engine.close()
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _starter(config: EngineConfig) -> Callable[[Path, EngineConfig], RolloutEngine]:
+    factory = registry.load("align.engines", config.name)
+    return cast("Callable[[Path, EngineConfig], RolloutEngine]", getattr(factory, "from_model"))  # noqa: B009
+
+
+def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
         name=arguments.engine,
         tensor=arguments.tensor,
         dtype=arguments.dtype,
@@ -48,53 +128,75 @@ def _generate(arguments: argparse.Namespace) -> None:
         memory_fraction=arguments.memory_fraction,
         kv_cache_mib=arguments.kv_cache_mib,
     )
-    sampling = SamplingConfig(
+
+
+def _sampling_config(arguments: argparse.Namespace) -> SamplingConfig:
+    return SamplingConfig(
         n=arguments.n,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        stop=tuple(arguments.stop),
     )
-    room = config.context - sampling.max_tokens
-    if room < 1:
-        raise ConfigError(
-            f"--max-tokens {sampling.max_tokens} leaves no room for a prompt in --context {config.context}; lower it"
-        )
-    if arguments.out.exists() and not arguments.overwrite:
-        raise ConfigError(f"{str(arguments.out)!r} exists; give another name, or --overwrite")
-    factory = registry.load("align.engines", config.name)
-    records = read_records(arguments.prompts)
-    tokenizer = load_tokenizer(arguments.model)
-    prompts = encode(records, tokenizer, template=arguments.template, max_tokens=room)
-    start = cast("Callable[[Path, EngineConfig], RolloutEngine]", getattr(factory, "from_model"))  # noqa: B009
-    engine = start(arguments.model, config)
-    try:
-        console = Console(stderr=True)
-        completions = complete(engine, prompts, sampling, at_once=4 * config.max_sequences, console=console)
-    finally:
-        engine.close()
-    write_records(arguments.out, records, completions, tokenizer)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="align-rollout", description="Generate with a language model.")
     parser.add_argument("--version", action="version", version=f"align-rollout {metadata.version('align-rollout')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser(
+    _add_generate(commands)
+    serve = _add_command(
+        commands,
+        "serve",
+        _serve,
+        "an OpenAI-compatible server",
+        "Serves completions, chat completions and weight updates. Every request needs the token in the environment "
+        f"variable {TOKEN_VARIABLE}, or the one printed at the start, as 'Authorization: Bearer TOKEN'.",
+    )
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind to; others than this machine's see it")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    bench = _add_command(
+        commands, "bench", _bench, "tokens a second", "Generates from random prompts; prints a line of JSON."
+    )
+    bench.add_argument("--prompts", type=int, default=512, help="how many")
+    bench.add_argument("--prompt-tokens", type=int, default=128, help="length of each")
+    bench.add_argument("--max-tokens", type=int, default=256, help="most new tokens")
+    bench.add_argument("--seed", type=int, default=0, help="of prompts and sampling")
+    return parser
+
+
+def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    command = _add_command(
+        commands,
         "generate",
-        help="complete the prompts of a file",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Completes each line of PROMPTS, {'prompt': ...} or {'messages': [...]}, and writes one line a "
-        "completion to OUT: the prompt's line with response, sample, finish_reason and response_tokens.",
+        _generate,
+        "complete the prompts of a file",
+        "Completes each line of PROMPTS, {'prompt': ...} or {'messages': [...]}, and writes one line a "
+        "completion to OUT: the prompt's line with response, sample, finish_reason and response_tokens. Interrupted, "
+        "the same command continues where it stopped.",
     )
     command.add_argument("prompts", metavar="PROMPTS", type=Path, help="JSON-lines file")
     command.add_argument("out", metavar="OUT", type=Path, help="JSON-lines file to write")
-    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
     command.add_argument("--template", default="auto", choices=get_args(TemplateName), help="how prompts are written")
     command.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     _add_sampling(command.add_argument_group("sampling"))
+
+
+def _add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    description: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=description
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
     _add_engine(command.add_argument_group("engine"))
-    return parser
+    return command
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -103,6 +205,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temperature", type=float, default=_SAMPLING.temperature, help="0 is greedy")
     group.add_argument("--top-p", type=float, default=_SAMPLING.top_p, help="nucleus size")
     group.add_argument("--seed", type=int, default=_SAMPLING.seed, help="of the sampling")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a completion; repeatable")
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:

@@ -1,4 +1,4 @@
-"""Completions for a file of prompts: read records, encode, generate in portions, write records. No arguments here.
+"""Completions for a file of prompts: read records, encode, generate, write records. No arguments here.
 
 The one module of the package that knows text; any engine will do.
 """
@@ -6,15 +6,17 @@ The one module of the package that knows text; any engine will do.
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from align_core.config import SamplingConfig
-from align_core.contracts import RolloutEngine
-from align_core.errors import DataError
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate
+from align_core.errors import ConfigError, DataError
 from align_core.text import Tokenizer, render_prompt
 from align_core.types import Completion, Prompt
 
@@ -53,24 +55,108 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, *, template: str, ma
     return prompts
 
 
+class Journal:
+    """The completions of an interrupted job, one JSON line each as they ended; gone when the job is done."""
+
+    def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
+        """Opens the journal of the result `path`; raises ConfigError if it is of a job with other settings."""
+        self._path = path.with_name(f"{path.name}.partial")
+        self._settings = json.loads(json.dumps(settings))
+        self.found: list[Completion] = []
+        if self._path.is_file():
+            self._read()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def add(self, completions: Sequence[Completion]) -> None:
+        """Writes them down, for whoever continues."""
+        for c in completions:
+            line = {"prompt": c.prompt_id, "sample": c.sample, "tokens": c.tokens.tolist(), "reason": c.finish_reason}
+            self._file.write(json.dumps({**line, "version": c.version}) + "\n")
+        self._file.flush()
+        self.found.extend(completions)
+
+    def close(self) -> None:
+        """Stops writing; the file stays if there is anything in it to continue from."""
+        self._file.close()
+        if not self.found:
+            self._path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """The job is done."""
+        self.close()
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        settings = json.loads(lines[0]) if lines else None
+        if settings != self._settings:
+            raise ConfigError(
+                f"{str(self._path)!r} holds the beginning of a job with other settings; repeat those to continue it, "
+                "or remove the file"
+            )
+        whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
+        self.found = [_completion(json.loads(line)) for line in whole[1:]]
+        self._path.write_text("".join(whole), encoding="utf-8")
+
+
+def _completion(line: Mapping[str, Any]) -> Completion:
+    tokens = np.asarray(line["tokens"], dtype=np.int32)
+    return Completion(
+        prompt_id=line["prompt"],
+        sample=line["sample"],
+        tokens=tokens,
+        logprobs=np.zeros(len(tokens), np.float32),  # of no interest to a file of texts
+        finish_reason=line["reason"],
+        version=line["version"],
+    )
+
+
 def complete(
-    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingConfig, *, at_once: int, console: Console
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    journal: Journal,
+    *,
+    at_once: int,
+    console: Console,
 ) -> list[Completion]:
-    """Generates in portions of about `at_once` completions, with a progress bar where `console` is a terminal."""
-    portion = max(1, at_once // sampling.n)
-    completions: list[Completion] = []
+    """Generates what `journal` does not hold yet; all completions, ordered by prompt and sample.
+
+    Shows progress and tokens a second where `console` is a terminal.
+    """
+    done = {(c.prompt_id, c.sample) for c in journal.found}
+    open_prompts = [p for p in prompts if any((p.id, sample) not in done for sample in range(sampling.n))]
     tokens, started = 0, time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("generating", total=len(prompts))
-        for first in range(0, len(prompts), portion):
-            part = prompts[first : first + portion]
-            found = engine.generate(part, sampling)
-            completions.extend(found)
-            tokens += sum(len(completion.tokens) for completion in found)
+        task = progress.add_task("generating", total=len(prompts) * sampling.n, completed=len(done))
+        for found in _stream(engine, open_prompts, sampling, at_once=at_once):
+            new = [c for c in found if (c.prompt_id, c.sample) not in done]
+            journal.add(new)
+            tokens += sum(len(completion.tokens) for completion in new)
             rate = tokens / (time.perf_counter() - started)
-            progress.update(task, advance=len(part), description=f"generating ({rate:.0f} tokens/s)")
-    return completions
+            progress.update(task, advance=len(new), description=f"generating ({rate:.0f} tokens/s)")
+    return sorted(journal.found, key=lambda completion: (completion.prompt_id, completion.sample))
+
+
+def _stream(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingConfig, *, at_once: int
+) -> Iterator[list[Completion]]:
+    """Completions as they end, or in portions from an engine that does not sample in the background."""
+    if not isinstance(engine, SupportsAsyncGenerate):
+        portion = max(1, at_once // sampling.n)
+        for first in range(0, len(prompts), portion):
+            yield engine.generate(prompts[first : first + portion], sampling)
+        return
+    engine.submit(prompts, sampling)
+    left = len(prompts) * sampling.n
+    while left:
+        found = engine.poll()
+        left -= len(found)
+        yield found
 
 
 def write_records(
