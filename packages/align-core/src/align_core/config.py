@@ -275,6 +275,8 @@ class ClusterConfig:
     """No Ray: trainer and engine live in the calling process (one rank only); for notebooks and debugging."""
     placement: PlacementMode = "colocated"
     """`colocated`: models and engines on the same GPUs, by turns. `disaggregated`: engines on the last GPUs alone."""
+    described: str = ""
+    """For --dry-run: the cluster to plan for as `NODESxGPUSxGIB`, for example `1x8x80`; it need not be here."""
     share_workers: bool = True
     """Frozen models live in the processes of a trained one of the same layout; off gives each its own."""
     timeout_s: float = 1800.0

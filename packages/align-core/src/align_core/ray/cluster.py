@@ -17,7 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from align_core.config import ClusterConfig
 from align_core.errors import ConfigError
-from align_core.ray.placement import Node
+from align_core.placement import Node
 
 # Ray 2.60 asks the cloud's metadata address who it runs on, whatever its usage switch says; when the HOME of the
 # process that starts it holds this file, it believes that it knows and does not ask.

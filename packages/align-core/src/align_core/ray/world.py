@@ -9,9 +9,9 @@ from ray.util.placement_group import remove_placement_group
 
 from align_core.config import ClusterConfig, EngineConfig, TrainerConfig
 from align_core.contracts import RolloutEngine
+from align_core.placement import Placement, Slot
 from align_core.ray import cluster
 from align_core.ray.engine import RayEngine
-from align_core.ray.placement import Placement, Slot
 from align_core.ray.progress import make_board
 from align_core.ray.trainer import MakeRank, RayTrainer
 from align_core.ray.workers import Place, Processes, WorkerGroup

@@ -8,7 +8,6 @@ from align_core.config import (
     DpoConfig,
     KtoConfig,
     OfflineConfig,
-    ReferenceConfig,
     RewardConfig,
     SftConfig,
     StageConfig,
@@ -16,8 +15,9 @@ from align_core.config import (
 from align_core.data.dataset import Dataset
 from align_core.data.files import DataFiles
 from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
-from align_core.memory import ModelMemory, model_memory
+from align_core.memory import ModelMemory
 from align_core.model_shape import ModelShape, read_model_shape
+from align_core.stages.gpu_plan import gpu_lines, roles
 from align_core.stages.preflight import open_tokenizer
 from align_core.types import Head
 
@@ -43,7 +43,7 @@ def plan_lines(config: StageConfig) -> list[Line]:
     return [
         *_model_lines(config, shape),
         *_data_lines(config),
-        *_memory_lines(config, shape),
+        *_memory_lines(config),
         *_file_lines(config, shape),
     ]
 
@@ -79,13 +79,13 @@ def _data_lines(config: StageConfig) -> Iterator[Line]:
         yield "evaluation", f"{_shown(config.eval_data)}: {len(held_out):,} records every {config.eval_every:,} steps"
 
 
-def _memory_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
-    models = [("trained model", _memory(config, shape, trainable=True))]
-    if isinstance(config, ReferenceConfig) and config.reference == "step":
-        models.append(("frozen reference", _memory(config, shape, trainable=False)))
+def _memory_lines(config: StageConfig) -> Iterator[Line]:
+    models = [(role.name, role.memory(config)) for role in roles(config)]
     for name, memory in models:
         yield f"memory per GPU, {name}", _memory_text(memory)
     yield "memory per GPU, in all", f"about {_size(sum(memory.total for _, memory in models))}, and the runtime"
+    if config.cluster.described:
+        yield from gpu_lines(config)
 
 
 def _file_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
@@ -97,17 +97,6 @@ def _file_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
         "bytes written",
         f"{config.out}: {models} x {_size(weights * item)} of models; while training "
         f"{config.keep_last} + 1 checkpoints of {_size(checkpoint)}",
-    )
-
-
-def _memory(config: StageConfig, shape: ModelShape, *, trainable: bool) -> ModelMemory:
-    return model_memory(
-        shape,
-        parallel=config.parallel,
-        training=config.training,
-        head=_head(config),
-        trainable=trainable,
-        lora=config.lora,
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from align_core.errors import ConfigError, LayoutError
-from align_core.ray.placement import Node, Placement, Slot, parse_cluster
+from align_core.placement import Node, Placement, Slot, parse_cluster
 
 EIGHT = Node(gpus=8, gpu_gib=80)
 
