@@ -4,6 +4,7 @@
     sudo python benchmarks/convert.py compare --work DIR --out RESULTS         paired runs, cold cache, TP 4
     sudo python benchmarks/convert.py scale --work DIR --out RESULTS           time and peak memory against size
     python benchmarks/convert.py kill --work DIR --out RESULTS                 SIGKILL at random moments, then --resume
+    python benchmarks/convert.py grid --work DIR --out RESULTS                 every family, layout and format
 
 Caches are dropped before every timed run (needs root). `copy` is load_any + to_megatron in a process that has imported
 everything; `command` is the whole `align-convert` command, with Python's start and torch's import, also from a cold
@@ -30,7 +31,7 @@ from pathlib import Path
 import torch
 
 from align_convert import Layout, ModelConfig, load_any, write_hf
-from align_convert.copy import to_megatron
+from align_convert.copy import to_hf, to_megatron
 from align_convert.transfer import DEFAULT_MEMORY, Settings
 
 RAW: dict[str, object] = {
@@ -108,55 +109,106 @@ def scale(work: Path, sizes: list[str]) -> dict[str, object]:
 
 
 def kill(work: Path, rounds: int, seed: int) -> dict[str, object]:
-    """SIGKILL the command at random moments of its run until it ends; compare with an undisturbed run."""
+    """SIGKILL the command at random moments of its copy until `rounds` were hit; compare with an undisturbed run."""
     source, whole, out = work / "0.5", work / "whole", work / "killed"
     rng = random.Random(seed)
     for path in (whole, out):
         shutil.rmtree(path, ignore_errors=True)
-    began = time.monotonic()
     subprocess.run(_command(source, whole), check=True, stdout=subprocess.DEVNULL)
-    duration = time.monotonic() - began
-    wanted = _digests(whole)
-    rows = []
-    for number in range(rounds):
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(out.with_name(f".{out.name}.partial"), ignore_errors=True)
-        moment = rng.uniform(0.5, 1.0) * duration
-        killed, seen = _run_and_kill(source, out, moment, resume=False)
-        finished = subprocess.run(_command(source, out, "--resume"), check=True, capture_output=True, text=True)
-        rows.append(
-            {
-                "killed_at_s": round(moment, 3),
-                "was_killed": killed,
-                "half_written_seen_as_complete": seen,
-                "equal_after_resume": _digests(out) == wanted,
-                "said": finished.stdout.strip().splitlines()[-1] if finished.stdout else "",
-            }
-        )
-        print(number, rows[-1], flush=True)
+    wanted, rows, missed = _digests(whole), [], 0
+    while len(rows) < rounds:
+        for path in (out, _partial(out)):
+            shutil.rmtree(path, ignore_errors=True)
+        moment = rng.uniform(0.0, 1.0)
+        journal_lines, seen = _run_and_kill(source, out, moment)
+        if journal_lines is None:
+            missed += 1
+            continue
+        subprocess.run(_command(source, out, "--resume"), check=True, stdout=subprocess.DEVNULL)
+        row = {"s_after_start_of_copy": round(moment, 3), "tiles_done": journal_lines}
+        rows.append(row | {"half_written_seen": seen, "equal_after_resume": _digests(out) == wanted})
+        print(len(rows), rows[-1], flush=True)
     for path in (whole, out):
         shutil.rmtree(path, ignore_errors=True)
     return {
         "rounds": rows,
-        "killed": sum(bool(row["was_killed"]) for row in rows),
+        "finished_before_the_kill": missed,
         "equal": sum(bool(row["equal_after_resume"]) for row in rows),
-        "half_written_seen": sum(bool(row["half_written_seen_as_complete"]) for row in rows),
+        "half_written_seen": sum(bool(row["half_written_seen"]) for row in rows),
     }
 
 
-def _run_and_kill(source: Path, out: Path, moment: float, *, resume: bool) -> tuple[bool, bool]:
-    """(whether it was still running, whether a reader ever saw an incomplete checkpoint at the destination)."""
-    process = subprocess.Popen(_command(source, out, *(["--resume"] if resume else [])), stdout=subprocess.DEVNULL)
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.partial")
+
+
+def _run_and_kill(source: Path, out: Path, moment: float) -> tuple[int | None, bool]:
+    """(finished tiles when killed, or None if it had ended; whether a reader saw an incomplete destination)."""
+    process = subprocess.Popen(_command(source, out), stdout=subprocess.DEVNULL)
+    while process.poll() is None and not _partial(out).exists():
+        time.sleep(0.002)
     end, seen = time.monotonic() + moment, False
     while time.monotonic() < end and process.poll() is None:
-        if out.exists():
-            seen = seen or not (out / "align-convert.json").is_file()
-        time.sleep(0.01)
-    killed = process.poll() is None
-    if killed:
-        process.send_signal(signal.SIGKILL)
+        seen = seen or (out.exists() and not (out / "align-convert.json").is_file())
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
     process.wait()
-    return killed, seen or (killed and out.exists() and not (out / "align-convert.json").is_file())
+    if process.returncode != -signal.SIGKILL or out.exists():
+        return None, seen
+    journal = _partial(out) / ".align-convert.journal"
+    return (journal.read_bytes().count(b"\n") if journal.is_file() else 0), seen or out.exists()
+
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "mistral": {"architectures": ["MistralForCausalLM"]},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "moe_intermediate_size": 112,
+        "num_experts_per_tok": 2,
+        "head_dim": 4,
+    },
+}
+RATIOS: dict[str, dict[str, object]] = {
+    "7B": {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 128, "intermediate_size": 344},
+    "13B": {"num_attention_heads": 40, "num_key_value_heads": 40, "hidden_size": 160, "intermediate_size": 432},
+    "70B": {"num_attention_heads": 64, "num_key_value_heads": 8, "hidden_size": 128, "intermediate_size": 448},
+}
+"""Llama-2's heads exactly, widths divided by 32 (70B: 64)."""
+
+
+def grid(work: Path) -> dict[str, object]:
+    """Hugging Face -> Megatron -> Hugging Face through files: the safetensors file that comes back, byte for byte."""
+    sizes = {"vocab_size": 500, "num_hidden_layers": 8}
+    models = {family: RAW | RATIOS["70B"] | sizes | {"model_type": family} | own for family, own in FAMILIES.items()}
+    models |= {f"llama {name}": RAW | ratio | sizes | {"model_type": "llama"} for name, ratio in RATIOS.items()}
+    layouts = [(tp, pp, vp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for vp in (1, 2) if pp > 1 or vp == 1]
+    counts: dict[str, int] = {}
+    unequal = []
+    for model, raw in models.items():
+        config = ModelConfig.from_hf(raw)
+        generator = torch.Generator().manual_seed(0)
+        weights = {n: torch.randn(shape, generator=generator).bfloat16() for n, shape in config.tensors().items()}
+        source = work / "grid"
+        write_hf(source, config, weights.items(), dtype=torch.bfloat16, overwrite=True)
+        wanted = (source / "model.safetensors").read_bytes()
+        for tp, pp, vp in layouts:
+            ep = 2 if config.num_experts and pp > 1 else 1
+            namings = ["local", "te", "legacy"] if config.num_experts is None else ["local", "te", "te-grouped"]
+            for how in [*({"naming": naming} for naming in namings), {"file_format": "torch_dist"}]:
+                for path in ("grid-m", "grid-back"):
+                    shutil.rmtree(work / path, ignore_errors=True)
+                to_megatron(load_any(source), work / "grid-m", layout=Layout(tp=tp, pp=pp, vp=vp, ep=ep), **how)
+                to_hf(load_any(work / "grid-m"), work / "grid-back")
+                if (work / "grid-back" / "model.safetensors").read_bytes() != wanted:
+                    unequal.append([model, tp, pp, vp, ep, how])
+                counts[model] = counts.get(model, 0) + 1
+        print(model, counts[model], len(unequal), flush=True)
+    return {"round_trips": counts, "total": sum(counts.values()), "unequal": unequal}
 
 
 def _timed(kind: str, source: Path, out: Path, *, memory: int = DEFAULT_MEMORY) -> tuple[float, float]:
@@ -225,7 +277,7 @@ def _record(out: Path, name: str, result: dict[str, object]) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("make", "compare", "scale", "kill"))
+    parser.add_argument("part", choices=("make", "compare", "scale", "kill", "grid"))
     parser.add_argument("--work", type=Path, required=True, help="scratch directory on the disk to be measured")
     parser.add_argument("--out", type=Path, help="directory of results")
     parser.add_argument("--sizes", default="0.5,1,2,4,8", help="of make and scale, GB")
@@ -241,6 +293,8 @@ def main() -> None:
         result = compare(arguments.work, arguments.runs)
     elif arguments.part == "scale":
         result = scale(arguments.work, sizes)
+    elif arguments.part == "grid":
+        result = grid(arguments.work)
     else:
         result = kill(arguments.work, arguments.rounds, arguments.seed)
     _record(arguments.out, arguments.part, result)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from align_convert import ModelConfig
+from align_convert import Layout, ModelConfig, PlanError, load_any
 from align_convert.cli import main
+from align_convert.copy import to_megatron
 
 Make = Callable[..., ModelConfig]
 MakeHf = Callable[..., Path]
@@ -123,3 +124,35 @@ def test_installed_command_runs() -> None:
     assert program is not None
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.split()[0]) == (0, "align-convert")
+
+
+def test_reshard_plan_and_json(make_config: Make, make_hf: MakeHf, tmp_path: Path, capsys: Capture) -> None:
+    """8 layers as 1, 3, 4 over three stages; every answer one JSON object."""
+    hf, first, second = str(make_hf(make_config())), str(tmp_path / "a"), str(tmp_path / "b")
+    assert main(["plan", "to-megatron", hf, first, "--tp", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["written"], len(plan["files"])) == (False, 2)
+    assert plan["peak_memory_bytes"] <= 512 << 20
+    assert not (tmp_path / "a").exists()
+    assert main(["to-megatron", hf, first, "--format", "torch_dist", "--memory", "16MiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] is True
+    assert main(["reshard", first, second, "--pp", "3", "--chunk-layers", "1,3,4", "--names", "legacy"]) == 0
+    capsys.readouterr()
+    assert main(["verify", hf, second, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["equal"] is True
+    assert main(["inspect", second, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["layout"]["chunk_layers"]) == ("megatron torch", [1, 3, 4])
+    ends = [found["args"][f"decoder_{end}_pipeline_num_layers"] for end in ("first", "last")]
+    assert ends == ["1", "4"]
+    assert main(["reshard", hf, str(tmp_path / "c")]) == 2
+    assert main(["reshard", first, str(tmp_path / "c"), "--pp", "3", "--first-stage-layers", "1", "--json"]) == 2
+    assert "cannot be spread evenly" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_value_too_large_for_float16_is_named(make_config: Make, make_hf: MakeHf, tmp_path: Path) -> None:
+    large = torch.full((32,), 7e4)
+    hf = make_hf(make_config(), extra={"model.norm.weight": large})
+    with pytest.raises(PlanError, match=r"'model.norm.weight' has a value of size 70000, which float16 cannot hold"):
+        to_megatron(load_any(hf), tmp_path / "out", layout=Layout(), dtype=torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

@@ -17,9 +17,16 @@ def _models_and_layouts(draw: st.DrawFn) -> tuple[ModelConfig, Layout]:
     vp = draw(st.sampled_from([1, 2])) if pp > 1 else 1
     heads = tp * draw(st.integers(1, 3))
     groups = draw(st.sampled_from([g for g in range(1, heads + 1) if heads % g == 0 and (g % tp == 0 or tp % g == 0)]))
+    family = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"]))
+    chunks = draw(st.none() | st.lists(st.integers(0, 3), min_size=pp * vp, max_size=pp * vp).filter(any).map(tuple))
+    experts = draw(st.sampled_from([2, 4]))
     raw = {
-        "model_type": "llama",
-        "num_hidden_layers": pp * vp * draw(st.integers(1, 2)),
+        "model_type": family,
+        "num_local_experts": experts,
+        "num_experts": experts,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": tp * draw(st.integers(1, 3)),
+        "num_hidden_layers": sum(chunks) if chunks else pp * vp * draw(st.integers(1, 2)),
         "hidden_size": draw(st.integers(1, 9)),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
@@ -28,8 +35,9 @@ def _models_and_layouts(draw: st.DrawFn) -> tuple[ModelConfig, Layout]:
         "vocab_size": draw(st.integers(1, 40)),
         "tie_word_embeddings": draw(st.booleans()),
     }
-    config = ModelConfig.from_hf(raw).with_head(draw(st.sampled_from(["lm", "score"])))
-    return config, Layout(tp=tp, pp=pp, vp=vp, vocab_divisor=draw(st.integers(1, 8)))
+    config = ModelConfig.from_hf(raw).with_head(draw(st.sampled_from(["lm", "score", "pooler"])))
+    ep = draw(st.sampled_from([1, 2])) if config.num_experts else 1
+    return config, Layout(tp=tp, pp=pp, vp=vp, ep=ep, chunk_layers=chunks, vocab_divisor=draw(st.integers(1, 8)))
 
 
 def _count(counts: torch.Tensor, index: tuple[tuple[int, int], ...]) -> None:
@@ -43,7 +51,7 @@ def _check_piece(piece: Piece, shard: Shard) -> None:
     assert all(stop <= size for (_, stop), size in zip(piece.shard_index, shard.shape, strict=True))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(_models_and_layouts())
 def test_every_hf_element_is_primary_once_and_every_shard_is_covered_once(case: tuple[ModelConfig, Layout]) -> None:
     config, layout = case
