@@ -43,7 +43,7 @@ from align_core.types import Score
 def digits(prompts, completions, columns):
     return [Score(value=sum(c.isdigit() for c in text) / max(len(text), 1)) for text in completions]
 '''
-NOT_REPEATED = ("time", "seconds", "per_second", "mfu", "memory")  # parts of names of what a clock or a device says
+NOT_REPEATED = ("time", "seconds", "per_s", "mfu", "memory")  # parts of names of what a clock or a device says
 
 
 def main() -> int:
