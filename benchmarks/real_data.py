@@ -45,7 +45,7 @@ class Runs:
 
     def stage(self, name: str, variant: str, out: Path, *words: str) -> None:
         """One stage; a failure is noted and the next one goes on."""
-        shown = f"align {name} {' '.join(words)}"
+        shown = f"align {name} {' '.join(words)}".replace(str(out.parent), "WORK")
         record: dict[str, Any] = {"stage": name, "variant": variant, "command": shown}
         try:
             record["seconds"] = self.align(name, *words, "--out", str(out))
@@ -171,7 +171,8 @@ def markdown(runs: Runs) -> str:
         "real-data.json.",
         "",
         "Held-out figures before the first step, at each evaluation, and of the finished model. Before training the "
-        "score head is zero, so every pair is a tie, which counts half.",
+        "score head is zero, so every pair is a tie, which counts half. Of 300 held-out pairs, accuracy has a standard "
+        "error of 2.7 points.",
         "",
     ]
     for run in runs.runs:
