@@ -181,7 +181,7 @@ RATIOS: dict[str, dict[str, object]] = {
 """Llama-2's heads exactly, widths divided by 32 (70B: 64)."""
 
 
-def grid(work: Path) -> dict[str, object]:
+def grid(work: Path, chosen: list[str]) -> dict[str, object]:
     """Hugging Face -> Megatron -> Hugging Face through files: the safetensors file that comes back, byte for byte."""
     sizes = {"vocab_size": 500, "num_hidden_layers": 8}
     models = {family: RAW | RATIOS["70B"] | sizes | {"model_type": family} | own for family, own in FAMILIES.items()}
@@ -189,7 +189,8 @@ def grid(work: Path) -> dict[str, object]:
     layouts = [(tp, pp, vp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4) for vp in (1, 2) if pp > 1 or vp == 1]
     counts: dict[str, int] = {}
     unequal = []
-    for model, raw in models.items():
+    for model in chosen or list(models):
+        raw = models[model]
         config = ModelConfig.from_hf(raw)
         generator = torch.Generator().manual_seed(0)
         weights = {n: torch.randn(shape, generator=generator).bfloat16() for n, shape in config.tensors().items()}
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="scratch directory on the disk to be measured")
     parser.add_argument("--out", type=Path, help="directory of results")
     parser.add_argument("--sizes", default="0.5,1,2,4,8", help="of make and scale, GB")
+    parser.add_argument("--models", nargs="*", default=[], help="of grid; by default all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -294,7 +296,7 @@ def main() -> None:
     elif arguments.part == "scale":
         result = scale(arguments.work, sizes)
     elif arguments.part == "grid":
-        result = grid(arguments.work)
+        result = grid(arguments.work, arguments.models)
     else:
         result = kill(arguments.work, arguments.rounds, arguments.seed)
     _record(arguments.out, arguments.part, result)
