@@ -12,10 +12,9 @@ from align_core.types import Score
 from align_eval.accuracy.math import MathReward, grade, parse_gold
 
 STRICT_WEIGHT = 0.5
+# An example of the form in the prompt made this model copy the example; the words alone let it reason.
 INSTRUCTION = (
-    "{question}\n\nReason in a few short lines. End with a last line of the form #### N, where N is the answer as a "
-    "plain number.\nExample of the form:\nTom has 3 bags of 4 apples, 3 * 4 = 12 apples.\nHe eats 2, so 12 - 2 = 10 "
-    "are left.\n#### 10"
+    "{question}\nReason step by step, then end with a last line of the form '#### N', where N is the final number."
 )
 
 

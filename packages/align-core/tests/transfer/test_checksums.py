@@ -91,3 +91,11 @@ def test_parts_of_one_tensor_with_other_columns_are_refused() -> None:
     halves = [part("w", (4, 4), index=((0, 4), (a, a + 2)), local=((0, 4), (a, a + 2))) for a in (0, 2)]
     with pytest.raises(LayoutError, match="cover other columns"):
         PartSums(halves)
+
+
+@pytest.mark.parametrize("rows", [Rows(), Rows.sampled(3)])
+def test_lists_of_rows_lie_end_to_end_as_the_kernel_reads_them(rows: Rows) -> None:
+    """numpy puts a choice of columns into Fortran's order; read as if it were not, a row's weight became its index."""
+    sums = PartSums([part("a", (40, 24)), part("b", (33, 8))])
+    for table in sums._tables_on(torch.device("cpu"), rows).values():
+        assert all(row.is_contiguous() for row in table)

@@ -68,7 +68,8 @@ class PartSums:
                 table[:3, (table[3] < 0) | (table[3] % rows.step == rows.first)] if rows.step > 1 else table[:3]
                 for table in self._tables.values()
             ]
-            moved = torch.from_numpy(np.concatenate(chosen, axis=1)).to(device)
+            # A choice of columns comes out in Fortran's order; the kernel reads each row of a table end to end.
+            moved = torch.from_numpy(np.ascontiguousarray(np.concatenate(chosen, axis=1))).to(device)
             pieces = torch.split(moved, [table.shape[1] for table in chosen], dim=1)
             self._on_device[device, rows] = dict(zip(self._tables, pieces))
         return self._on_device[device, rows]
@@ -107,8 +108,8 @@ def _row_hashes(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _row_hashes_kernel(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     hashes, totals = torch.empty_like(rows), torch.empty_like(rows)
-    if matrix.stride(1) != 1:
-        raise LayoutError("checksums on CUDA need rows of consecutive elements")
+    if matrix.stride(1) != 1 or not rows.is_contiguous():
+        raise LayoutError("checksums on CUDA need rows, and a list of rows, of consecutive elements")
     from align_core.transfer.kernel import row_hashes  # noqa: PLC0415  (Triton comes with CUDA builds of torch only)
 
     row_hashes[(len(rows),)](
