@@ -171,7 +171,7 @@ def test_missing_file_is_named() -> None:
 
 def test_unknown_recipe_and_stage_that_a_recipe_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ConfigError, match=r"unknown recipe 'tinny'; did you mean 'tiny'\? choose .*'smollm2' or 'tiny'"
+        ConfigError, match=r"unknown recipe 'tinny'; did you mean 'tiny'\? choose .*'smollm2', .*or 'tiny'"
     ):
         sft("--recipe", "tinny")
     monkeypatch.setattr(tiny, "STAGES", {"grpo": tiny.grpo})
