@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # A block of this size fills a large GPU with its matrix products and is little beside a model.
-BLOCK_BYTES = 256 << 20
+BLOCK_BYTES = 512 << 20
 
 
 class FusedOutput(NamedTuple):

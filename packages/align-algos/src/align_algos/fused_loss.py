@@ -21,13 +21,10 @@ from align_algos.checks import check_columns, check_offsets
 from align_algos.fused import LOGITS, FusedOutput, ProductSum, check_linear
 from align_algos.losses.output import LossOutput
 from align_algos.softmax_blocks import RowGradient, empty_statistics, merge, take_block, to_gradient
-from align_algos.vocabulary import VocabularySlice
+from align_algos.vocabulary import VocabularySlice, check_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# Rows enough to fill a large GPU with matrix products; fewer make each sum over the output matrix's gradient count.
-BLOCK_BYTES = 512 << 20
 
 PieceLoss = Callable[[FusedOutput, slice], LossOutput]
 """(log-probs and entropy of some rows, which rows) to their share of loss and metrics."""
@@ -54,7 +51,7 @@ def fused_loss(
     tp_group: "ProcessGroup | None" = None,
     temperature: float = 1.0,
     entropy: bool = False,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> FusedLossOutput:
     """`loss` of the log-probs that `fused_logprobs` would give, computed and differentiated piece by piece.
 
@@ -68,10 +65,13 @@ def fused_loss(
             all losses here do, and be the same on all ranks of the group.
         cuts: int64 [K+1], rising from 0 to N, the rows at which the batch may be cut (the offsets of sequences, pairs
             or groups, as the loss's `unit` says); None: anywhere. A piece has at least what is between two cuts.
-        block_bytes: logits of a piece, at most, where the cuts allow it.
+        block_bytes: logits of a piece, at most, where the cuts allow it. None: as many as the float32 sum of the output
+            matrix's gradient, which is there anyway; smaller pieces make adding to that sum a large part of the time.
         Others and Raises: as in `fused_logprobs`.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
+    if block_bytes is None:
+        block_bytes = 4 * part.columns * weight_VH.shape[1]
     rows = max(1, block_bytes // max(1, part.columns * hidden_NH.element_size()))
     rows = rows // 256 * 256 if rows >= 256 else rows
     pieces = _pieces(len(targets_N), rows, cuts)
@@ -80,11 +80,13 @@ def fused_loss(
         column_N=targets_N.long() - part.first,
         part=part,
         logprobs_N=torch.zeros(len(targets_N), dtype=_precision(hidden_NH), device=hidden_NH.device),
+        log_mass_N=torch.zeros(len(targets_N), dtype=_precision(hidden_NH), device=hidden_NH.device),
         hidden_grad_NH=torch.zeros_like(hidden_NH) if grad and hidden_NH.requires_grad else None,
         weight_grad=ProductSum(weight_VH[: part.columns]) if grad and weight_VH.requires_grad else None,
     )
     with torch.no_grad():
         outputs = [_piece(sums, hidden_NH, weight_VH, loss, rows=piece, entropy=entropy) for piece in pieces]
+        check_rows(sums.log_mass_N, LOGITS)
         total, metrics = sum_outputs(outputs)
         gradients = sums.gradients(weight_VH)
     apply: Callable[..., Tensor] = _Attach.apply  # torch leaves it untyped
@@ -100,7 +102,7 @@ def fused_cross_entropy(
     vocab_size: int | None = None,
     tp_group: "ProcessGroup | None" = None,
     temperature: float = 1.0,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """- sum of weights_N times the log-probabilities of `fused_logprobs`; rows of weight 0 still cost their share.
 
@@ -139,6 +141,7 @@ class _Sums:
     column_N: Tensor
     part: VocabularySlice
     logprobs_N: Tensor
+    log_mass_N: Tensor
     hidden_grad_NH: Tensor | None
     weight_grad: ProductSum | None
 
@@ -165,8 +168,8 @@ def _piece(
     logits_RC = hidden_RH @ real_CH.T
     statistics = empty_statistics(len(logits_RC), like=hidden_NH, entropy=entropy)
     take_block(logits_RC, column_R, statistics, temperature=part.temperature)
-    softmax = merge(statistics, part.group, name=LOGITS)
-    sums.logprobs_N[rows] = softmax.logprobs_N
+    softmax = merge(statistics, part.group, name=None)
+    sums.logprobs_N[rows], sums.log_mass_N[rows] = softmax.logprobs_N, softmax.log_mass_N
     if sums.hidden_grad_NH is None and sums.weight_grad is None:
         return loss(FusedOutput(softmax.logprobs_N, softmax.entropy_N), rows)
     output, weight_R, entropy_weight_R = _differentiate(loss, FusedOutput(softmax.logprobs_N, softmax.entropy_N), rows)

@@ -92,11 +92,12 @@ def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, 
         _take_rows(logits_NC[rows], columns_N[rows], part, temperature=temperature)
 
 
-def merge(statistics: Statistics, group: "ProcessGroup | None", *, name: str) -> Softmax:
+def merge(statistics: Statistics, group: "ProcessGroup | None", *, name: str | None) -> Softmax:
     """The softmax of every row from the statistics of all ranks of the group, which each gets alike.
 
     Raises:
-        InputError: a row without a finite maximum; `name` says what the logits were made from.
+        InputError: a row without a finite maximum; `name` says what the logits were made from. None: not looked at, so
+            that the device need not be waited for.
     """
     own_top_N, mass_N, moment_N, at_target_N = statistics
     top_N = own_top_N.clone()
@@ -104,7 +105,8 @@ def merge(statistics: Statistics, group: "ProcessGroup | None", *, name: str) ->
         dist.all_reduce(top_N, op=dist.ReduceOp.MAX, group=group)
     total_N = summed(mass_N * (own_top_N - top_N).exp(), group)
     log_mass_N = total_N.log()
-    check_rows(log_mass_N, name)
+    if name is not None:
+        check_rows(log_mass_N, name)
     entropy_N = None
     if moment_N is not None:
         _rebase_moment(moment_N, mass_N, own_top_N, top_N)
