@@ -2,15 +2,18 @@
 
     python benchmarks/resume.py --schedule sync --out benchmarks/results
     python benchmarks/resume.py --schedule one_step_off --out benchmarks/results
+    python benchmarks/resume.py --schedule in_process --points 10 --out benchmarks/results
 
-Real Megatron, real vLLM, Ray; the tiny model on CPU, which a reward for digits makes learn. Each schedule is run once
-undisturbed and then killed at points drawn by the seed: a phase (weight sync, generation, scoring, training, saving), a
-step, and a moment within the phase. What the continued run logs must equal the undisturbed run bit for bit, but for
-seconds. resume.md is written from all resume-*.json in the directory. About 35 s a run, two runs a point.
+Real Megatron, real vLLM, Ray (except in_process); the tiny model on CPU, which a reward for digits makes learn. Each is
+run once undisturbed and then killed at points drawn by the seed: a phase (weight sync, generation, scoring, training,
+saving), a step, and a moment within the phase. What the continued run logs must equal the undisturbed run bit for bit,
+but for seconds. resume.md is written from all resume-*.json in the directory. About 35 s a run, two runs a point.
 """
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -30,6 +33,7 @@ from align_core.stages.rewards import Rewards
 from align_core.stages.run import Run
 from align_core.tutorial.additions import write_additions
 from align_core.tutorial.tiny import make_tiny_model
+from align_rollout import environment
 
 PHASES = ("sync", "generate", "score", "train", "save")
 STEPS = 8
@@ -49,7 +53,12 @@ NOT_REPEATED = ("time", "seconds", "per_s", "mfu", "memory")  # parts of names o
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
-    parser.add_argument("--schedule", choices=("sync", "one_step_off"), default="sync")
+    parser.add_argument(
+        "--schedule",
+        choices=("sync", "one_step_off", "in_process"),
+        default="sync",
+        help="in_process: sync without Ray, in forks of a process that has imported everything; 10 s a run",
+    )
     parser.add_argument("--points", type=int, default=5, help="kills; phases take turns")
     parser.add_argument("--seed", type=int, default=0)
     if sys.argv[1:2] == ["--child"]:
@@ -71,7 +80,9 @@ def prove(folder: Path, *, kind: str, points: int, seed: int) -> dict[str, Any]:
     write_additions(folder / "data", seed=0)
     (folder / "reward.py").write_text(REWARD)
     rng = random.Random(f"{kind} {seed}")
-    subprocess.run([sys.executable, "-m", "align_core", *words_of(folder, "whole", kind)], check=True)
+    if kind == "in_process":
+        preload()
+    complete(words_of(folder, "whole", kind), kind)
     whole = metrics(folder / "whole")
     found = []
     for number in range(points):
@@ -84,11 +95,10 @@ def prove(folder: Path, *, kind: str, points: int, seed: int) -> dict[str, Any]:
             point["step"] = rng.randrange(1, STEPS // SAVE_EVERY)
         began = time.perf_counter()
         name = f"killed{number}"
-        killed = kill(point, words_of(folder, name, kind))
+        killed = kill(point, words_of(folder, name, kind), kind)
         checkpoints = sorted(path.name for path in (folder / name / "checkpoints").glob("step_*"))
         logged = len(metrics(folder / name))
-        again = [sys.executable, "-m", "align_core", *words_of(folder, name, kind)]
-        subprocess.run(again, check=True, timeout=DEADLINE_S)
+        complete(words_of(folder, name, kind), kind)
         after = metrics(folder / name)
         found.append(
             {
@@ -117,19 +127,40 @@ def prove(folder: Path, *, kind: str, points: int, seed: int) -> dict[str, Any]:
 
 def words_of(folder: Path, out: str, kind: str) -> list[str]:
     """The command line after `align`."""
-    placement = "colocated" if kind == "sync" else "disaggregated"
+    where = {
+        "sync": ("--cluster.placement", "colocated"),
+        "one_step_off": ("--cluster.placement", "disaggregated", "--schedule.kind", "one_step_off"),
+        "in_process": ("--cluster.in_process", "true"),
+    }[kind]
     return [
         *("grpo", "--model", str(folder / "hf"), "--data", str(folder / "data" / "prompts.jsonl")),
         *("--out", str(folder / out), "--steps", str(STEPS), "--save_every", str(SAVE_EVERY)),
         *("--batch_size", "8", "--max_length", "64", "--reward", f"{folder / 'reward.py'}:digits"),
         *("--scoring.workers", "1", "--sampling.n", "4", "--sampling.max_tokens", "8", "--optimizer.lr", "0.003"),
         *("--engine.context", "64", "--engine.kv_cache_mib", "64", "--loss.kl_coef", "0.01"),
-        *("--schedule.kind", kind, "--cluster.placement", placement),
+        *where,
     ]
 
 
-def kill(point: Mapping[str, Any], words: Sequence[str]) -> bool:
+def preload() -> None:
+    """Imports what a run needs, so that its forks need not."""
+    environment.prepare("cpu")
+    for module in ("vllm", "align_core.megatron.trainer", "align_core.megatron.advantages", "transformers"):
+        importlib.import_module(module)
+
+
+def complete(words: Sequence[str], kind: str) -> None:
+    """Runs `align WORDS` to its end."""
+    if kind != "in_process":
+        subprocess.run([sys.executable, "-m", "align_core", *words], check=True, timeout=DEADLINE_S)
+    elif _fork(cli.main, list(words)) != 0:
+        raise SystemExit("the run failed")
+
+
+def kill(point: Mapping[str, Any], words: Sequence[str], kind: str) -> bool:
     """Runs until the point, where the driver and all its children get SIGKILL; False if it ended before."""
+    if kind == "in_process":
+        return _fork(run_until_killed, point, list(words)) == -signal.SIGKILL
     command = [sys.executable, __file__, "--child", json.dumps(dict(point)), *words]
     process = subprocess.Popen(command, start_new_session=True)
     try:
@@ -137,6 +168,19 @@ def kill(point: Mapping[str, Any], words: Sequence[str]) -> bool:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _fork(function: Callable[..., int], *arguments: Any) -> int:
+    """The exit status of a fork that calls the function in a process group of its own; minus a signal's number."""
+
+    def body() -> None:
+        os.setsid()
+        sys.exit(function(*arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=body)
+    process.start()
+    process.join(DEADLINE_S)
+    return process.exitcode if process.exitcode is not None else 1
 
 
 def run_until_killed(point: Mapping[str, Any], words: list[str]) -> int:
@@ -197,7 +241,7 @@ def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
         [
             "# Killed anywhere, continued bit for bit",
             "",
-            f"`align grpo` over Ray (Megatron, vLLM on CPU, tiny model, {STEPS} steps, checkpoint every {SAVE_EVERY}) "
+            f"`align grpo` (Megatron, vLLM on CPU, tiny model, {STEPS} steps, checkpoint every {SAVE_EVERY}) "
             "got SIGKILL, driver and children, in the named call of the phase, so long after its beginning; then the "
             f"same command ran again. {good} of {len(rows)} continued with the metrics of the undisturbed run, bit for "
             "bit. `python benchmarks/resume.py --schedule sync --out benchmarks/results`.",
