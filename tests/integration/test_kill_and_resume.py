@@ -113,3 +113,20 @@ def test_rank_killed_at_any_step_is_continued_by_the_command_that_is_printed(tmp
     assert [row["loss"] for row in metrics(tmp_path / "alone")] == pytest.approx(
         [row["loss"] for row in whole], abs=1e-4
     )
+
+
+def test_grpo_killed_in_two_phases_continues_to_the_same_numbers(tmp_path: Path) -> None:
+    """The lean form of benchmarks/resume.py: real vLLM and Megatron, SIGKILL in a weight sync and in a generation."""
+    pytest.importorskip("vllm")
+    script = Path(__file__).parents[2] / "benchmarks" / "resume.py"
+    arguments = ["--schedule", "in_process", "--points", "2", "--seed", "7", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False, timeout=2 * DEADLINE_S
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "resume-in_process.json").read_text(encoding="utf-8"))
+    assert [(point["phase"], point["killed"], point["equal"]) for point in record["points"]] == [
+        ("sync", True, True),
+        ("generate", True, True),
+    ]
+    assert record["rewards"][0] != record["rewards"][-1], "a policy that does not learn proves nothing"
