@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for orchestration.json and .md")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    sizes = [(32, 4, 128), (64, 8, 256), (128, 8, 512)]
+    sizes = [(32, 4, 64), (64, 8, 128), (64, 8, 190)]  # the tiny model has 256 positions
     cluster.start(ClusterConfig())
     results = [measure(prompts=p, n=n, length=length, steps=arguments.steps) for p, n, length in sizes]
     cluster.stop()

@@ -61,20 +61,24 @@ def main() -> int:
     )
     parser.add_argument("--points", type=int, default=5, help="kills; phases take turns")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phase", choices=PHASES, help="kill in this phase only")
     if sys.argv[1:2] == ["--child"]:
         return run_until_killed(json.loads(sys.argv[2]), sys.argv[3:])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        record = prove(Path(folder), kind=arguments.schedule, points=arguments.points, seed=arguments.seed)
+        phases = [arguments.phase] if arguments.phase else PHASES
+        kind, points, seed = arguments.schedule, arguments.points, arguments.seed
+        record = prove(Path(folder), kind=kind, points=points, seed=seed, phases=phases)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"resume-{arguments.schedule}.json").write_text(json.dumps(record, indent=2) + "\n")
+    name = f"resume-{arguments.schedule}" + (f"-{arguments.phase}" if arguments.phase else "")
+    (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     found = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("resume-*.json"))]
     (arguments.out / "resume.md").write_text(_markdown(found))
     print(_markdown(found))
     return 0 if all(point["equal"] and point["killed"] for point in record["points"]) else 1
 
 
-def prove(folder: Path, *, kind: str, points: int, seed: int) -> dict[str, Any]:
+def prove(folder: Path, *, kind: str, points: int, seed: int, phases: Sequence[str]) -> dict[str, Any]:
     """Everything that one schedule showed."""
     make_tiny_model(folder / "hf", seed=0)
     write_additions(folder / "data", seed=0)
@@ -87,12 +91,12 @@ def prove(folder: Path, *, kind: str, points: int, seed: int) -> dict[str, Any]:
     found = []
     for number in range(points):
         point = {
-            "phase": PHASES[number % len(PHASES)],
+            "phase": phases[number % len(phases)],
             "step": rng.randrange(SAVE_EVERY, STEPS - 1),
             "delay_s": round(rng.uniform(0.0, 0.05), 4),
         }
-        if point["phase"] == "save":  # saving comes after every SAVE_EVERY steps
-            point["step"] = rng.randrange(1, STEPS // SAVE_EVERY)
+        if point["phase"] == "save":  # comes after every SAVE_EVERY steps but the last
+            point["step"] = rng.randrange(STEPS // SAVE_EVERY - 1)
         began = time.perf_counter()
         name = f"killed{number}"
         killed = kill(point, words_of(folder, name, kind), kind)
@@ -227,10 +231,11 @@ def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
     points = [(record["schedule"], point) for record in records for point in record["points"]]
     rows = [
         f"| {kind} | {p['phase']} | {p['step']} | {1000 * p['delay_s']:.0f} | {p['lines_logged_before']} | "
-        f"{', '.join(p['checkpoints']) or 'none'} | {'yes' if p['equal'] and p['killed'] else '**no**'} |"
+        f"{', '.join(p['checkpoints']) or 'none'} | {_verdict(p)} |"
         for kind, p in points
     ]
     good = sum(p["equal"] and p["killed"] for _, p in points)
+    killed = sum(p["killed"] for _, p in points)
     facts = [
         f"* {r['schedule']}: reward {r['rewards'][0]:.4f} to {r['rewards'][-1]:.4f}, gradient norms "
         f"{min(r['grad_norms']):.3g} to {max(r['grad_norms']):.3g}; {r['values_compared']} values compared a run; "
@@ -243,7 +248,7 @@ def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
             "",
             f"`align grpo` (Megatron, vLLM on CPU, tiny model, {STEPS} steps, checkpoint every {SAVE_EVERY}) "
             "got SIGKILL, driver and children, in the named call of the phase, so long after its beginning; then the "
-            f"same command ran again. {good} of {len(rows)} continued with the metrics of the undisturbed run, bit for "
+            f"same command ran again. {good} of {killed} continued with the metrics of the undisturbed run, bit for "
             "bit. `python benchmarks/resume.py --schedule sync --out benchmarks/results`.",
             "",
             *facts,
@@ -254,6 +259,12 @@ def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
             "",
         ]
     )
+
+
+def _verdict(point: Mapping[str, Any]) -> str:
+    if not point["killed"]:
+        return "not killed: the run has no such call"
+    return "yes" if point["equal"] else "**no**"
 
 
 def _processor() -> str:
