@@ -249,7 +249,7 @@ def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
             f"`align grpo` (Megatron, vLLM on CPU, tiny model, {STEPS} steps, checkpoint every {SAVE_EVERY}) "
             "got SIGKILL, driver and children, in the named call of the phase, so long after its beginning; then the "
             f"same command ran again. {good} of {killed} continued with the metrics of the undisturbed run, bit for "
-            "bit. `python benchmarks/resume.py --schedule sync --out benchmarks/results`.",
+            "bit. `python benchmarks/resume.py --schedule in_process --points 10 --out benchmarks/results`.",
             "",
             *facts,
             "",
