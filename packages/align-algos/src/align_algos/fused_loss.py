@@ -70,9 +70,10 @@ def fused_loss(
         Others and Raises: as in `fused_logprobs`.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
+    # From the columns held, padding included, which all ranks have alike: they must cut the batch alike.
     if block_bytes is None:
-        block_bytes = 4 * part.columns * weight_VH.shape[1]
-    rows = max(1, block_bytes // max(1, part.columns * hidden_NH.element_size()))
+        block_bytes = 4 * weight_VH.numel()
+    rows = max(1, block_bytes // max(1, len(weight_VH) * hidden_NH.element_size()))
     rows = rows // 256 * 256 if rows >= 256 else rows
     pieces = _pieces(len(targets_N), rows, cuts)
     grad = torch.is_grad_enabled()
