@@ -29,7 +29,7 @@ def main() -> None:
     """Makes the model, runs `align rlhf`, writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/rlhf-shape"), help="where model and run go")
+    parser.add_argument("--work", type=Path, default=Path("rlhf-shape"), help="where model and run go")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=11008)
