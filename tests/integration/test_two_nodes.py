@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Of a cluster of two nodes with one core each; this process has not joined it."""
     token = tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4, encoding="ascii")
+    token.write_text(cluster.private_token(), encoding="ascii")  # a process that has used one cannot use another
     token.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     cluster.stop()  # of a test before

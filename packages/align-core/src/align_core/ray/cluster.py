@@ -4,6 +4,7 @@ A private Ray asks for a token that only its own processes know, has no dashboar
 """
 
 import atexit
+import functools
 import os
 import secrets
 import socket
@@ -42,7 +43,7 @@ def start(config: ClusterConfig) -> None:
     home = tempfile.TemporaryDirectory(prefix="align-ray-")
     token = Path(home.name) / "auth_token"
     token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32), encoding="ascii")
+    token.write_text(private_token(), encoding="ascii")
     _homes.append(home)  # lives as long as the daemons, which read the token
     atexit.register(stop)
     _init(Path(home.name), token, address="local", include_dashboard=False)
@@ -53,6 +54,12 @@ def stop() -> None:
     ray.shutdown()
     while _homes:
         _homes.pop().cleanup()
+
+
+@functools.cache
+def private_token() -> str:
+    """The token of each private Ray of this process: Ray reads one once and keeps it until the process ends."""
+    return secrets.token_hex(32)
 
 
 def nodes() -> list[tuple[str, Node]]:
