@@ -5,6 +5,7 @@ A private Ray asks for a token that only its own processes know, has no dashboar
 
 import atexit
 import functools
+import gc
 import os
 import secrets
 import socket
@@ -51,6 +52,8 @@ def start(config: ClusterConfig) -> None:
 
 def stop() -> None:
     """Disconnects; a private Ray ends with it."""
+    # Ray numbers actors alike in each cluster: a handle collected later would end one of the next cluster's.
+    gc.collect()
     ray.shutdown()
     while _homes:
         _homes.pop().cleanup()
