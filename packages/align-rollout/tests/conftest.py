@@ -91,13 +91,13 @@ def make_tiny_llama(path: Path, *, tied: bool) -> TinyLlama:
     return TinyLlama(model=model, path=path, tied=tied)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # tests change its weights
 def tied(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
     """The output layer is the embedding."""
     return make_tiny_llama(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # tests change its weights
 def untied(tmp_path_factory: pytest.TempPathFactory) -> TinyLlama:
     """The output layer has weights of its own."""
     return make_tiny_llama(tmp_path_factory.mktemp("untied"), tied=False)
