@@ -69,8 +69,9 @@ def _run(session: nox.Session, command: str, *arguments: str) -> None:
 
 @nox.session(requires=["environment"], venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the tests of all packages and the whole-system tests; arguments go to pytest."""
-    _run(session, "python", "-m", "pytest", *(session.posargs or ["packages", "tests"]))
+    """Run each package's tests and the whole-system tests, each in a process of its own; arguments go to one pytest."""
+    for part in [session.posargs] if session.posargs else [[f"packages/{name}"] for name in RELEASES] + [["tests"]]:
+        _run(session, "python", "-m", "pytest", *part)
 
 
 @nox.session(reuse_venv=True)
