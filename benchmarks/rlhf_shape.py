@@ -81,7 +81,7 @@ def command(options: argparse.Namespace, model: Path, data: Path, run: Path) -> 
         *("--sampling.n", "1", "--sampling.max_tokens", str(options.new_tokens), "--sampling.seeded", "false"),
         *("--engine.context", str(context), "--engine.max_sequences", str(min(options.samples, 512))),
         *("--engine.dtype", options.dtype, "--engine.memory_fraction", str(options.memory_fraction)),
-        *("--engine.sleep", "false", "--engine.kv_cache_mib", "512", "--training.dtype", options.dtype),
+        *("--engine.sleep", "false", "--training.dtype", options.dtype),
         *("--training.micro_batch_tokens", str(options.micro_batch_tokens), "--canary_threshold", "1.0"),
         *("--optimizer.lr", "2.4e-7", "--optimizer.schedule", "constant"),
     ]

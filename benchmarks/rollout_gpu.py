@@ -223,7 +223,7 @@ def in_two_processes(model: Path, arguments: argparse.Namespace, results: Result
 def engine_config(arguments: argparse.Namespace, dtype: str) -> EngineConfig:
     """Plain settings; the KV cache takes what the fraction leaves."""
     context = min(_SHAPES[arguments.shape]["positions"], 2048)
-    return EngineConfig(dtype=dtype, context=context, memory_fraction=arguments.memory_fraction, kv_cache_mib=256)
+    return EngineConfig(dtype=dtype, context=context, memory_fraction=arguments.memory_fraction)
 
 
 def check_kernel(trainer: Trainer) -> bool:

@@ -185,8 +185,11 @@ class EngineConfig:
     """Longest prompt plus completion, tokens."""
     memory_fraction: float = 0.4
     """Share of a GPU's memory for weights and KV cache; leaves room for a trainer on the same GPU."""
-    kv_cache_mib: int = 256
-    """Size of the KV cache on CPU, MiB."""
+    kv_cache_mib: int = 0
+    """Size of the KV cache, MiB. 0 takes what memory_fraction leaves on a GPU, and 256 on CPU. With a size of its own an
+    engine can start beside programs that take or free memory of the same GPU meanwhile."""
+    enforce_eager: bool = False
+    """Run without CUDA graphs and compilation: starts in seconds and generates slower. Always so on CPU."""
     max_sequences: int = 256
     """Most sequences generated at once."""
     seed: int = 0
@@ -204,7 +207,9 @@ class EngineConfig:
     """What new weights do to requests under way: wait for them, cut them short, or continue them with the new ones."""
 
     def __post_init__(self) -> None:
-        _positive(self, "tensor", "context", "kv_cache_mib", "max_sequences", "replicas")
+        _positive(self, "tensor", "context", "max_sequences", "replicas")
+        if self.kv_cache_mib < 0:
+            raise ConfigError(f"kv_cache_mib must be positive, or 0 for a size by the device, got {self.kv_cache_mib}")
         _between(self, "memory_fraction", 0.01, 0.99)
 
 

@@ -26,7 +26,12 @@ def add_engine_options(parser: argparse.ArgumentParser, *, context: int = _ENGIN
         *("--kv-cache-mib", "--kv_cache_mib"),
         type=int,
         default=_ENGINE.kv_cache_mib,
-        help=f"size of the KV cache on CPU, MiB (default {_ENGINE.kv_cache_mib})",
+        help="size of the KV cache, MiB (default 0: by memory on a GPU, 256 on CPU)",
+    )
+    add(
+        *("--enforce-eager", "--enforce_eager"),
+        action="store_true",
+        help="no CUDA graphs: the engine starts sooner and answers slower",
     )
 
 
@@ -39,6 +44,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         context=arguments.context,
         device=arguments.device,
         kv_cache_mib=arguments.kv_cache_mib,
+        enforce_eager=arguments.enforce_eager,
     )
 
 

@@ -22,6 +22,7 @@ from align_rollout.stream import Stream
 from align_rollout.vllm_stepper import VllmStepper
 from align_rollout.weights import VllmWeightSink
 
+_CPU_CACHE_MIB = 256
 _CPU_PASS_TOKENS = 8192  # most tokens of one forward pass on CPU, where whole prompts must fit
 _CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many tokens on CPU
 
@@ -181,17 +182,22 @@ class VllmEngine:
 
 def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str, Any]:
     """The arguments of vllm.LLM."""
-    memory = (
+    memory: dict[str, Any] = (
         {
             "enforce_eager": True,
-            "kv_cache_memory_bytes": config.kv_cache_mib * 2**20,
             # A prompt cut over two passes makes vLLM rewind its seeded generator, which torch's CPU one cannot do.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(config.context, _CPU_PASS_TOKENS),
         }
         if device == "cpu"
-        else {"gpu_memory_utilization": config.memory_fraction, "enable_sleep_mode": config.sleep}
+        else {
+            "enforce_eager": config.enforce_eager,
+            "gpu_memory_utilization": config.memory_fraction,
+            "enable_sleep_mode": config.sleep,
+        }
     )
+    if cache_mib := config.kv_cache_mib or (_CPU_CACHE_MIB if device == "cpu" else 0):
+        memory["kv_cache_memory_bytes"] = cache_mib * 2**20
     return {
         "model": str(facts.path),
         "load_format": "safetensors" if facts.has_weights else "dummy",
@@ -237,10 +243,11 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
     """vLLM would say this too, but in GiB and after loading the model."""
     tokens = -(-config.context // _CPU_BLOCK_TOKENS) * _CPU_BLOCK_TOKENS
     needed = tokens * facts.kv_bytes_per_token(item_bytes=ITEM_BYTES[config.dtype], tensor=config.tensor)
-    if needed > config.kv_cache_mib * 2**20:
+    cache_mib = config.kv_cache_mib or _CPU_CACHE_MIB
+    if needed > cache_mib * 2**20:
         raise ConfigError(
             f"one sequence of engine.context {config.context} tokens needs {-(-needed // 2**20)} MiB of KV cache, "
-            f"engine.kv_cache_mib is {config.kv_cache_mib}; raise it, or lower engine.context"
+            f"engine.kv_cache_mib is {cache_mib}; raise it, or lower engine.context"
         )
 
 

@@ -102,7 +102,7 @@ def _policy(kind: type[Policy], model: Path, data: Path, out: Path, **own: Any) 
         "reward_model_parallel": _TWO_RANKS,
         "optimizer": OptimizerConfig(lr=2e-4, schedule="cosine", warmup_steps=5),
         "sampling": SamplingConfig(n=8, max_tokens=8),
-        "engine": EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512),
+        "engine": EngineConfig(context=_CONTEXT, kv_cache_mib=128, max_sequences=512, enforce_eager=True),
     }
     return kind(model=model, data=data, out=out, **{**shared, **own})
 

@@ -52,8 +52,8 @@ _FREE = {
     *("parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
     *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
-    *("engine.memory_fraction", "engine.kv_cache_mib", "engine.max_sequences", "engine.replicas", "engine.sleep"),
-    "engine.verify",
+    *("engine.memory_fraction", "engine.kv_cache_mib", "engine.enforce_eager", "engine.max_sequences"),
+    *("engine.replicas", "engine.sleep", "engine.verify"),
 }
 
 

@@ -150,5 +150,5 @@ def _accuracy(road: Road) -> tuple[str, ...]:
     return (
         *("align-eval", "accuracy", *models, "--data", str(road.data / "test.jsonl")),
         *("--out", str(road.out / "accuracy"), "--max_tokens", str(road.max_tokens)),
-        *("--context", str(road.context), "--dtype", road.dtype, *limit),
+        *("--context", str(road.context), "--dtype", road.dtype, "--kv_cache_mib", "400", "--enforce_eager", *limit),
     )
