@@ -47,6 +47,7 @@ PLACES = {"model": Path("m"), "data": Path("d"), "out": Path("o")}
         (lambda: SamplingConfig(temperature=-1.0), "temperature must not be negative"),
         (lambda: SamplingConfig(temperature=0.0, n=4), "gives 4 equal completions; set n to 1 or temperature above 0"),
         (lambda: EngineConfig(memory_fraction=1.0), "memory_fraction must lie between 0.01 and 0.99"),
+        (lambda: EngineConfig(kv_cache_mib=-1), "kv_cache_mib must be positive, or 0"),
         (lambda: DpoLoss(beta=0.0), "beta must be greater than 0"),
         (lambda: DpoLoss(label_smoothing=0.6), "label_smoothing must lie between 0.0 and 0.5"),
         (lambda: GrpoLoss(kl_coef=-0.1), "kl_coef must not be negative"),

@@ -186,8 +186,8 @@ class EngineConfig:
     memory_fraction: float = 0.4
     """Share of a GPU's memory for weights and KV cache; leaves room for a trainer on the same GPU."""
     kv_cache_mib: int = 0
-    """Size of the KV cache, MiB. 0 takes what memory_fraction leaves on a GPU, and 256 on CPU. With a size of its own an
-    engine can start beside programs that take or free memory of the same GPU meanwhile."""
+    """Size of the KV cache, MiB; 0 takes what memory_fraction leaves on a GPU, and 256 on CPU. With a size of its own
+    an engine can start beside programs that take or free memory of the same GPU meanwhile."""
     enforce_eager: bool = False
     """Run without CUDA graphs and compilation: starts in seconds and generates slower. Always so on CPU."""
     max_sequences: int = 256

@@ -219,7 +219,5 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--memory-fraction", type=float, default=_ENGINE.memory_fraction, help="share of the GPU's memory"
     )
-    group.add_argument(
-        "--kv-cache-mib", type=int, default=_ENGINE.kv_cache_mib, help="KV cache (0: by the device)"
-    )
+    group.add_argument("--kv-cache-mib", type=int, default=_ENGINE.kv_cache_mib, help="KV cache (0: by the device)")
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs: starts sooner, generates slower")
