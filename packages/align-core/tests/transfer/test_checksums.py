@@ -1,11 +1,14 @@
 """Checksums computed by rows of parts: equal to `align_core.types.checksum` of the whole, for every cut and dtype."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from align_core.errors import LayoutError
-from align_core.transfer.checksums import PartSums
+from align_core.transfer.checksums import PartSums, _as_integers
 from align_core.transfer.rectangles import SAMPLED_ROWS, Part, Rows, slices, whole
 from align_core.types import checksum
 
@@ -87,15 +90,43 @@ def test_fused_vectors_have_the_checksums_of_each() -> None:
     assert sums == {"a": checksum(bytes_of(first), item_bytes=4), "b": checksum(bytes_of(second), item_bytes=4)}
 
 
-def test_parts_of_one_tensor_with_other_columns_are_refused() -> None:
-    halves = [part("w", (4, 4), index=((0, 4), (a, a + 2)), local=((0, 4), (a, a + 2))) for a in (0, 2)]
-    with pytest.raises(LayoutError, match="cover other columns"):
-        PartSums(halves)
+def test_parts_of_one_tensor_may_have_columns_of_their_own() -> None:
+    tensor = torch.randn(4, 5)
+    cut = [part("w", (4, 5), index=((0, 4), at), local=((0, 4), at)) for at in ((0, 3), (3, 5))]
+    assert PartSums(cut).compute({"w": tensor}, Rows()) == PartSums([part("w", (4, 5))]).compute({"w": tensor}, Rows())
 
 
-@pytest.mark.parametrize("rows", [Rows(), Rows.sampled(3)])
-def test_lists_of_rows_lie_end_to_end_as_the_kernel_reads_them(rows: Rows) -> None:
-    """numpy puts a choice of columns into Fortran's order; read as if it were not, a row's weight became its index."""
-    sums = PartSums([part("a", (40, 24)), part("b", (33, 8))])
-    for table in sums._tables_on(torch.device("cpu"), rows).values():
-        assert all(row.is_contiguous() for row in table)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [Rows(), *(Rows.sampled(version) for version in range(SAMPLED_ROWS))], ids=str)
+def test_the_kernel_adds_what_the_host_adds(rows: Rows, dtype: "torch.dtype") -> None:
+    """On a GPU; without one, only in Triton's interpreter, which the next test turns on."""
+    pytest.importorskip("triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or Triton's interpreter (see test_the_kernel_in_tritons_interpreter)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parts = [
+        part("a", (40, 2000), tensor="f", local=((2, 42), (3, 2003))),
+        part("b", (33, 8), index=((5, 30), (2, 6)), tensor="f", local=((45, 70), (0, 4))),
+        part("c", (1500,), tensor="v", local=((0, 1500),)),
+        part("d", (90,), index=((30, 60),), tensor="v", local=((1500, 1530),)),
+    ]
+    tensors = {"f": torch.randn(70, 2010).to(dtype), "v": torch.randn(1530).to(dtype)}
+    sums = PartSums(parts)
+    matrices = [_as_integers(tensors[name].to(device)) for name in ("f", "v")]
+    for _ in range(2):  # the second time over tables that are there
+        found = torch.zeros(4, dtype=torch.int64, device=device)
+        sums._launch(matrices, rows, found)
+        assert {name: value % 2**64 for name, value in zip("abcd", found.tolist())} == sums.compute(tensors, rows)
+
+
+def test_the_kernel_in_tritons_interpreter() -> None:
+    """Which is chosen when Triton is imported, so in a process of its own."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernel itself runs here")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "the_kernel_adds", "-p", "no:cacheprovider"]
+    found = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 0, found.stdout
+    assert "34 passed" in found.stdout
