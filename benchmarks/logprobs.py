@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +39,12 @@ from align_algos import (
     grpo_loss,
     token_logprobs,
 )
+from align_algos.fused import BLOCK_BYTES
 from align_algos.softmax_blocks import RowGradient, empty_statistics, take_block, to_gradient
 
 MIB = 1 << 20
 BASE = "unfused, float32 log-softmax"
+LIGER = "liger fused linear cross-entropy"
 BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -78,8 +81,8 @@ def chunked(problem: Problem) -> tuple[Tensor, Tensor]:
     return -(problem.weights_N * logprobs_N).sum(), logprobs_N
 
 
-def fused(*, block: int, keep: int = 0, entropy: bool = False) -> Variant:
-    """`fused_logprobs`; block and kept logits in bytes."""
+def fused(*, block: int = BLOCK_BYTES, keep: int | None = 0, entropy: bool = False) -> Variant:
+    """`fused_logprobs`; block and kept logits in bytes, None for what it keeps by itself."""
 
     def run(problem: Problem) -> tuple[Tensor, Tensor]:
         output = fused_logprobs(
@@ -98,7 +101,7 @@ def fused(*, block: int, keep: int = 0, entropy: bool = False) -> Variant:
     return run
 
 
-def known_weights(*, block: int) -> Variant:
+def known_weights(*, block: int | None) -> Variant:
     """`fused_cross_entropy`."""
 
     def run(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,7 @@ def known_weights(*, block: int) -> Variant:
     return run
 
 
-def grpo(*, block: int) -> Variant:
+def grpo(*, block: int | None) -> Variant:
     """`fused_loss` with the loss of GRPO, on policy with advantage 1: the same gradient as - sum weight log p."""
 
     def run(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -147,18 +150,18 @@ def variants(tokens: int, vocab: int, *, item: int, with_liger: bool) -> dict[st
         "unfused, 16-bit cross-entropy": unfused_low_precision,
         "token_logprobs on whole logits": chunked,
     }
-    for block in (128, 256, 512, 1024, 2048):
-        table[f"fused_logprobs, block {block} MiB"] = fused(block=block * mib)
-    for share in (0.15, 0.5, 1.0):
-        name = f"fused_logprobs, block 256 MiB, {share:.0%} of the logits kept"
-        table[name] = fused(block=256 * mib, keep=int(share * tokens * vocab * item))
-    table["fused_logprobs, block 256 MiB, and entropy"] = fused(block=256 * mib, entropy=True)
-    for block in (128, 256, 512, 1024, 2048):
+    table["fused_logprobs"] = fused(keep=None)
+    for block in (256, 512, 1024):
+        table[f"fused_logprobs, block {block} MiB, nothing kept"] = fused(block=block * mib)
+    table["fused_logprobs, all logits kept"] = fused(keep=tokens * vocab * item)
+    table["fused_logprobs and entropy"] = fused(keep=None, entropy=True)
+    table["fused_cross_entropy"] = known_weights(block=None)
+    for block in (256, 512, 1024, 2048):
         table[f"fused_cross_entropy, block {block} MiB"] = known_weights(block=block * mib)
-    table["fused_loss with GRPO, block 512 MiB"] = grpo(block=512 * mib)
+    table["fused_loss with GRPO"] = grpo(block=None)
     if with_liger:
-        table["liger fused linear cross-entropy"] = liger(accumulate=None)
-        table["liger fused linear cross-entropy, float32 sums"] = liger(accumulate=torch.float32)
+        table[LIGER] = liger(accumulate=None)
+        table[f"{LIGER}, float32 sums"] = liger(accumulate=torch.float32)
     return table
 
 
@@ -191,36 +194,60 @@ def reference(problem: Problem) -> tuple[Tensor, ...]:
     return (logprobs_N.detach(), *torch.autograd.grad(loss, (wide.hidden_NH, wide.weight_VH)))
 
 
-def measure(variant: Variant, problem: Problem, *, repeats: int) -> dict[str, Any]:
-    """Milliseconds of forward and backward, and of forward alone; peak bytes beyond inputs and gradients."""
+class Sample(NamedTuple):
+    """One pass: milliseconds of forward and backward, of forward alone; peak bytes beyond inputs and gradients."""
+
+    ms: float
+    forward_ms: float
+    peak_bytes: int
+
+
+def measure(table: dict[str, Variant], problem: Problem, *, repeats: int) -> dict[str, dict[str, Any]]:
+    """Every variant in turn, `repeats` rounds after two of warming up: a GPU that slows down slows all of them."""
+    samples: dict[str, list[Sample]] = {name: [] for name in table}
+    failed: dict[str, dict[str, Any]] = {}
+    for _ in range(repeats + 2):
+        for name, variant in table.items():
+            if name not in failed:
+                found = _guarded(lambda variant=variant: {"sample": _pass(variant, problem)})
+                if "failed" in found:
+                    failed[name] = found
+                else:
+                    samples[name].append(found["sample"])
+    base = [sample.ms for sample in samples[BASE][2:]]
+    peer = [sample.ms for sample in samples.get(LIGER, [])[2:]]
+    return failed | {name: _summary(rounds[2:], base, peer) for name, rounds in samples.items() if name not in failed}
+
+
+def _pass(variant: Variant, problem: Problem) -> Sample:
     cuda = problem.hidden_NH.is_cuda
     leaves = (problem.hidden_NH, problem.weight_VH)
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-    both, forward, peaks = [], [], []
-    if cuda:
-        torch.cuda.empty_cache()
-    for repeat in range(repeats + 2):
-        _settle(cuda)
-        before = torch.cuda.memory_allocated() if cuda else 0
-        start = time.perf_counter()
-        loss, _ = variant(problem)
-        _wait(cuda)
-        middle = time.perf_counter()
-        found = torch.autograd.grad(loss, leaves)
-        _wait(cuda)
-        stop = time.perf_counter()
-        peak = torch.cuda.max_memory_allocated() - before - gradients if cuda else 0
-        del loss, found, _
-        if repeat >= 2:  # the first two compile and warm up
-            both.append(1e3 * (stop - start))
-            forward.append(1e3 * (middle - start))
-            peaks.append(peak)
+    _settle(cuda)
+    before = torch.cuda.memory_allocated() if cuda else 0
+    start = time.perf_counter()
+    loss, _ = variant(problem)
+    _wait(cuda)
+    middle = time.perf_counter()
+    found = torch.autograd.grad(loss, leaves)
+    _wait(cuda)
+    stop = time.perf_counter()
+    peak = torch.cuda.max_memory_allocated() - before - gradients if cuda else 0
+    del found
+    return Sample(1e3 * (stop - start), 1e3 * (middle - start), peak)
+
+
+def _summary(rounds: list[Sample], base: list[float], peer: list[float]) -> dict[str, Any]:
+    """Medians; ratios are medians of those of each round."""
+    both = [sample.ms for sample in rounds]
     return {
         "ms": statistics.median(both),
         "ms_min": min(both),
         "ms_max": max(both),
-        "forward_ms": statistics.median(forward),
-        "peak_bytes": max(peaks),
+        "forward_ms": statistics.median(sample.forward_ms for sample in rounds),
+        "peak_bytes": max(sample.peak_bytes for sample in rounds),
+        "speed": statistics.median(other / own for other, own in zip(base, both)) if base else None,
+        "speed_of_liger": statistics.median(other / own for other, own in zip(peer, both)) if peer else None,
     }
 
 
@@ -243,21 +270,24 @@ def products(problem: Problem, *, repeats: int) -> float:
 
 def benchmark(options: argparse.Namespace, vocab: int, with_liger: bool) -> dict[str, Any]:
     """All variants for one vocabulary."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = defaultdict(dict)
     for dtype in (torch.float32, torch.bfloat16):
         problem = _make(options, vocab, options.check_tokens, dtype)
         expected = reference(problem)
         table = variants(options.check_tokens, vocab, item=dtype.itemsize, with_liger=with_liger)
         for name, variant in table.items():
+            if name.endswith("and entropy"):  # another loss than the reference
+                continue
             found = _guarded(functools.partial(errors, variant, problem, expected))
-            rows.setdefault(name, {})[f"error_{_name(dtype)}"] = found
+            rows[name][f"error_{_name(dtype)}"] = found
         del problem, expected
         _settle(options.device == "cuda")
     problem = _make(options, vocab, options.tokens, torch.bfloat16)
     alone = _guarded(lambda: {"ms": products(problem, repeats=options.repeats)})
-    for name, variant in variants(options.tokens, vocab, item=2, with_liger=with_liger).items():
-        rows[name] |= _guarded(functools.partial(measure, variant, problem, repeats=options.repeats))
-        print(f"{vocab} {name}: {rows[name].get('ms', rows[name].get('failed'))}", flush=True)
+    table = variants(options.tokens, vocab, item=2, with_liger=with_liger)
+    for name, found in measure(table, problem, repeats=options.repeats).items():
+        rows[name] |= found
+        print(f"{vocab} {name}: {found.get('ms', found.get('failed'))}", flush=True)
     pieces = _guarded(lambda: parts(problem, repeats=options.repeats))
     tiles = _guarded(lambda: kernels(problem, repeats=options.repeats)) if options.device == "cuda" else {}
     broken = [f"{name}: {row}" for name, row in rows.items() if _breaks(name, row)]
@@ -368,7 +398,9 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{facts['device']}, {facts['versions']}, commit {facts['commit']}, seed {facts['seed']}. Hidden "
         f"{facts['hidden']}, {facts['tokens']} tokens, bf16; forward + backward to the gradients of hidden states and "
-        f"output matrix, median of {facts['repeats']} after two warm-ups. Memory: peak beyond inputs and gradients. "
+        f"output matrix, medians of {facts['repeats']} "
+        "rounds in which every variant takes its turn, after two to warm up; speed: to the first row. Memory: peak "
+        "beyond inputs and gradients. "
         f"Errors: relative to float64, {facts['check_tokens']} tokens, the largest of log-probs and both gradients.",
     ]
     for result in results["vocabularies"]:
@@ -379,8 +411,8 @@ def table(results: dict[str, Any]) -> str:
             "",
             f"The three matrix products alone: {result['products'].get('ms', float('nan')):.1f} ms.",
             "",
-            "| variant | ms (least to most) | forward ms | speed | peak extra MiB | of unfused | error fp32 | bf16 |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
+            "| variant | ms (least to most) | forward | speed | to liger | peak MiB | of unfused | fp32 error | bf16 |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         lines += [_row(name, row, base) for name, row in result["variants"].items()]
         lines += [f"\nBroke its bound: {broken}" for broken in result["broken"]]
@@ -393,12 +425,12 @@ def _row(name: str, row: dict[str, Any], base: dict[str, Any]) -> str:
         return "failed" if "failed" in found else f"{max(found.values()):.1e}" if found else "-"
 
     if "failed" in row:
-        return f"| {name} | {row['failed']} | | | | | {error('float32')} | {error('bfloat16')} |"
-    speed = f"{base['ms'] / row['ms']:.2f}x" if "ms" in base else "-"
+        return f"| {name} | {row['failed']} | | | | | | {error('float32')} | {error('bfloat16')} |"
+    speed, beside = (f"{row[key]:.2f}x" if row[key] is not None else "-" for key in ("speed", "speed_of_liger"))
     share = f"{row['peak_bytes'] / base['peak_bytes']:.1%}" if base.get("peak_bytes") else "-"
     return (
         f"| {name} | {row['ms']:.1f} ({row['ms_min']:.1f} to {row['ms_max']:.1f}) | {row['forward_ms']:.1f} | "
-        f"{speed} | {row['peak_bytes'] / MIB:.0f} | {share} | {error('float32')} | {error('bfloat16')} |"
+        f"{speed} | {beside} | {row['peak_bytes'] / MIB:.0f} | {share} | {error('float32')} | {error('bfloat16')} |"
     )
 
 

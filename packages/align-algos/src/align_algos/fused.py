@@ -3,8 +3,8 @@
 The logits [N, V] never exist as a whole: they are made a block of vocabulary columns at a time (one matrix product),
 read once for the statistics of the softmax, and made again in the backward pass, where the block turns into its own
 gradient in place and goes into two more products. That is 4 products where the unfused way has 3, for a memory of one
-block; `keep_bytes` buys back the fourth for as many blocks as fit. Blocks of columns rather than of rows: each writes
-its own rows of the weight's gradient once, and only the gradient of the hidden states, which is smaller, is summed.
+block; `keep_bytes` buys back the fourth for the columns whose logits stay. Blocks of columns rather than of rows: each
+writes its own rows of the weight's gradient once, and only the gradient of the hidden states, the smaller, is summed.
 
 A loss that can be computed a piece of the batch at a time needs neither the fourth product nor the memory: see
 `fused_loss`.
@@ -12,7 +12,8 @@ A loss that can be computed a piece of the batch at a time needs neither the fou
 Legend: N flat tokens, H hidden, V rows of the output matrix on this rank, C columns of a block.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 # A block of this size fills a large GPU with its matrix products and is little beside a model.
 BLOCK_BYTES = 512 << 20
+# Share of the logits that stays by default: as fast as the unfused way then, at a tenth of its memory or less.
+KEPT_SHARE = 0.4
+# Odd numbers of columns make matrix products slow.
+_ALIGNMENT = 256
 
 
 class FusedOutput(NamedTuple):
@@ -41,10 +46,12 @@ class FusedOutput(NamedTuple):
 class _Setting(NamedTuple):
     part: VocabularySlice
     entropy: bool
-    columns: int
-    """C, of a block."""
-    kept: int
-    """Blocks whose logits stay in memory until the backward pass."""
+    again: list[slice]
+    """Columns of each block whose logits are made again in the backward pass."""
+    kept: list[slice]
+    """Columns of each block whose logits may stay in memory until then."""
+    hold: bool
+    """Whether there will be a backward pass."""
 
 
 def fused_logprobs(
@@ -57,7 +64,7 @@ def fused_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
     block_bytes: int = BLOCK_BYTES,
-    keep_bytes: int = 0,
+    keep_bytes: int | None = None,
 ) -> FusedOutput:
     """log softmax(hidden @ weight^T / temperature) at the target, per row, without ever holding the logits.
 
@@ -73,18 +80,29 @@ def fused_logprobs(
         tp_group: process group over which the vocabulary is split; None: `weight_VH` is whole.
         temperature: divides the logits, as in sampling.
         entropy: also give the entropy of each row, differentiable.
-        block_bytes: size of a block of logits; memory for speed.
-        keep_bytes: logits to keep for the backward pass instead of making them again, in whole blocks.
+        block_bytes: size of a block of logits, at most; memory for speed.
+        keep_bytes: logits to keep for the backward pass instead of making them again, at most; 0: none. None: 2/5.
     Raises:
         InputError: a wrong shape or dtype, a target outside the vocabulary, or a row without a finite maximum.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
     column_bytes = max(1, hidden_NH.shape[0] * hidden_NH.element_size())
-    # Whole multiples of 256 columns: odd sizes make matrix products slow.
-    columns = min(max(256, block_bytes // column_bytes // 256 * 256), max(part.columns, 1))
-    kept = keep_bytes // (columns * column_bytes) if torch.is_grad_enabled() else 0
+    wanted = int(KEPT_SHARE * part.columns) if keep_bytes is None else keep_bytes // column_bytes
+    kept = part.columns if wanted >= part.columns else wanted // _ALIGNMENT * _ALIGNMENT
+    again, columns = part.columns - kept, block_bytes // column_bytes
+    # The same blocks with and without gradient, so that both give the same log-probs to the bit.
+    hold = torch.is_grad_enabled()
+    setting = _Setting(part, entropy, _cut(0, again, columns), _cut(again, part.columns, columns), hold)
     apply: Callable[..., tuple[Tensor, Tensor | None]] = _FusedLogprobs.apply  # torch leaves it untyped
-    return FusedOutput(*apply(hidden_NH, weight_VH, targets_N, _Setting(part, entropy, columns, kept)))
+    return FusedOutput(*apply(hidden_NH, weight_VH, targets_N, setting))
+
+
+def _cut(first: int, stop: int, columns: int) -> list[slice]:
+    """Aligned blocks of about equal size: `columns` at most, or the alignment where that is more."""
+    most = max(columns // _ALIGNMENT, 1)
+    units = math.ceil((stop - first) / _ALIGNMENT)
+    width = math.ceil(units / max(math.ceil(units / most), 1)) * _ALIGNMENT
+    return [slice(start, min(start + width, stop)) for start in range(first, stop, max(width, 1))]
 
 
 class _FusedLogprobs(torch.autograd.Function):
@@ -96,10 +114,11 @@ class _FusedLogprobs(torch.autograd.Function):
         column_N = targets_N.long() - setting.part.first
         statistics = empty_statistics(len(column_N), like=hidden_NH, entropy=setting.entropy)
         kept: list[Tensor] = []
-        for first, block_CH in _blocks(weight_VH, setting):
-            logits_NC = hidden_NH @ block_CH.T
-            take_block(logits_NC, column_N - first, statistics, temperature=setting.part.temperature)
-            if len(kept) < setting.kept:
+        # Those that stay come last: while others pass, nothing is held.
+        for block in (*setting.again, *setting.kept):
+            logits_NC = hidden_NH @ weight_VH[block].T
+            take_block(logits_NC, column_N - block.start, statistics, temperature=setting.part.temperature)
+            if block in setting.kept and setting.hold:
                 kept.append(logits_NC)
             del logits_NC
         softmax = merge(statistics, setting.part.group, name=LOGITS)
@@ -115,15 +134,18 @@ class _FusedLogprobs(torch.autograd.Function):
         weight_N = torch.zeros_like(top_N) if grad_N is None else grad_N
         rows = RowGradient(top_N, log_mass_N, weight_N, entropy_N, entropy_grad_N)
         hidden_grad = ProductSum(hidden_NH) if ctx.needs_input_grad[0] else None
-        weight_grad_VH = torch.zeros_like(weight_VH) if ctx.needs_input_grad[1] else None
+        weight_grad_VH = None
+        if ctx.needs_input_grad[1]:
+            weight_grad_VH = torch.empty_like(weight_VH)
+            weight_grad_VH[setting.part.columns :] = 0.0  # padding of the vocabulary
         kept: list[Tensor] = ctx.kept
-        for first, block_CH in _blocks(weight_VH, setting):
-            logits_NC = kept.pop(0) if kept else hidden_NH @ block_CH.T
-            to_gradient(logits_NC, column_N - first, rows, temperature=setting.part.temperature)
+        for block in (*setting.kept, *setting.again):
+            logits_NC = kept.pop(0) if kept else hidden_NH @ weight_VH[block].T
+            to_gradient(logits_NC, column_N - block.start, rows, temperature=setting.part.temperature)
             if weight_grad_VH is not None:
-                torch.mm(logits_NC.T, hidden_NH, out=weight_grad_VH[first : first + len(block_CH)])
+                torch.mm(logits_NC.T, hidden_NH, out=weight_grad_VH[block])
             if hidden_grad is not None:
-                hidden_grad.add(logits_NC, block_CH)
+                hidden_grad.add(logits_NC, weight_VH[block])
             del logits_NC
         hidden_grad_NH = None if hidden_grad is None else hidden_grad.result(setting.part.group)
         return hidden_grad_NH, weight_grad_VH, None, None
@@ -133,22 +155,29 @@ class ProductSum:
     """Sum of matrix products in at least float32, of the shape and (at the end) dtype of `like`."""
 
     def __init__(self, like: Tensor) -> None:
-        self._dtype = like.dtype
-        self._total = torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+        self._like = like
+        self._precision = torch.promote_types(like.dtype, torch.float32)
+        self._total: Tensor | None = None
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """total += left @ right."""
-        if self._total.dtype == self._dtype:
-            self._total.addmm_(left, right)
-        elif left.is_cuda:
+        if left.is_cuda and left.dtype != self._precision:
             # cuBLAS multiplies 16-bit numbers and adds to a float32 matrix in one pass.
-            torch.ops.aten.addmm.dtype_out(self._total, left, right, self._total.dtype, out=self._total)
+            if self._total is None:
+                self._total = torch.ops.aten.mm.dtype(left, right, self._precision)
+            else:
+                torch.ops.aten.addmm.dtype_out(self._total, left, right, self._precision, out=self._total)
+        elif self._total is None:
+            self._total = (left @ right).to(self._precision)
+        elif left.dtype == self._precision:
+            self._total.addmm_(left, right)
         else:
             self._total += left @ right
 
     def result(self, group: "ProcessGroup | None") -> Tensor:
         """The sum over the group, in the dtype of the input."""
-        return summed(self._total, group).to(self._dtype)
+        total = torch.zeros_like(self._like, dtype=self._precision) if self._total is None else self._total
+        return summed(total, group).to(self._like.dtype)
 
 
 LOGITS = "hidden_NH @ weight_VH^T"
@@ -175,9 +204,3 @@ def check_linear(
     part = vocabulary_slice(weight_VH.shape[0], vocab_size=vocab_size, group=group, temperature=temperature)
     check_targets(targets_N, hidden_NH.shape[0], part.vocab_size)
     return part
-
-
-def _blocks(weight_VH: Tensor, setting: _Setting) -> Iterator[tuple[int, Tensor]]:
-    """First row and rows of each block of the output matrix that are real tokens."""
-    for first in range(0, setting.part.columns, setting.columns):
-        yield first, weight_VH[first : min(first + setting.columns, setting.part.columns)]

@@ -82,14 +82,14 @@ def fused_loss(
         part=part,
         logprobs_N=torch.zeros(len(targets_N), dtype=_precision(hidden_NH), device=hidden_NH.device),
         log_mass_N=torch.zeros(len(targets_N), dtype=_precision(hidden_NH), device=hidden_NH.device),
-        hidden_grad_NH=torch.zeros_like(hidden_NH) if grad and hidden_NH.requires_grad else None,
+        hidden_grad_NH=torch.empty_like(hidden_NH) if grad and hidden_NH.requires_grad else None,
         weight_grad=ProductSum(weight_VH[: part.columns]) if grad and weight_VH.requires_grad else None,
     )
     with torch.no_grad():
         outputs = [_piece(sums, hidden_NH, weight_VH, loss, rows=piece, entropy=entropy) for piece in pieces]
-        check_rows(sums.log_mass_N, LOGITS)
         total, metrics = sum_outputs(outputs)
         gradients = sums.gradients(weight_VH)
+        check_rows(sums.log_mass_N, LOGITS)  # waits for the device, so after the last of its work is under way
     apply: Callable[..., Tensor] = _Attach.apply  # torch leaves it untyped
     return FusedLossOutput(apply(hidden_NH, weight_VH, total, *gradients), metrics, sums.logprobs_N)
 
@@ -205,6 +205,8 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if grad.item() == 1.0:  # the usual case: looking costs less than another pass over both gradients
+            return (*ctx.saved_tensors, None, None, None)
         return (*(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors), None, None, None)
 
 

@@ -13,13 +13,15 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from align_algos.fused import fused_logprobs
+from align_algos.fused import KEPT_SHARE, fused_logprobs
 from align_algos.losses import LossOutput
 from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.quiet import quiet_megatron
 
 # Logits of a micro-batch that are kept from the forward to the backward pass, so that they need not be computed again:
-# all of 16k tokens over 32k rows of the vocabulary. The rest, and all float32 copies, exist a block at a time.
+# all of 16k tokens over 32k rows of the vocabulary (the head then costs three matrix products, as with `fused_loss`,
+# which would have to know where a micro-batch may be cut), and a share of what is larger. The rest, and all float32
+# copies, exist a block at a time.
 _KEPT_LOGITS = 1 << 30
 
 Read = Callable[[Tensor, MicroBatch], Tensor]
@@ -54,9 +56,11 @@ def read_logprobs(chunk: Any, vocab_size: int, *, targets_only: bool = False) ->
 
 
 def _next_logprobs(hidden_NH: Tensor, chunk: Any, targets_N: Tensor, vocab_size: int) -> Tensor:
-    group = parallel_state.get_tensor_model_parallel_group()
+    group, weight_VH = parallel_state.get_tensor_model_parallel_group(), chunk.head_weight
+    logits_bytes = len(hidden_NH) * len(weight_VH) * hidden_NH.element_size()
+    keep = max(_KEPT_LOGITS, int(KEPT_SHARE * logits_bytes))
     return fused_logprobs(
-        hidden_NH, chunk.head_weight, targets_N, vocab_size=vocab_size, tp_group=group, keep_bytes=_KEPT_LOGITS
+        hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, tp_group=group, keep_bytes=keep
     ).logprobs_N
 
 
