@@ -2,10 +2,12 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import math
 import typing
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -116,10 +118,14 @@ def test_settings_stay_few() -> None:
 
 
 def test_every_field_has_a_docstring_below_it() -> None:
-    tree = ast.parse(inspect.getsource(config))
+    sources = [
+        inspect.getsource(importlib.import_module(f"{config.__name__}.{each.name}"))
+        for each in iter_modules(config.__path__)
+    ]
     bare = [
         f"{node.name}.{ast.unparse(line.target)}"
-        for node in tree.body
+        for source in sources
+        for node in ast.parse(source).body
         if isinstance(node, ast.ClassDef)
         for line, below in zip(node.body, [*node.body[1:], None])
         if isinstance(line, ast.AnnAssign)

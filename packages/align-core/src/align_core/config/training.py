@@ -1,0 +1,115 @@
+"""How a model is spread, trained and optimized: settings of one model, whatever it learns."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from align_core.config.checks import between, positive
+from align_core.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cuda", "cpu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a model is spread over processes: tensor x pipeline x context x data of them."""
+
+    tensor: int = 1
+    """Ways each weight matrix is cut; must divide the attention heads and the FFN width."""
+    pipeline: int = 1
+    """Stages the layers are cut into; must divide the number of layers."""
+    virtual: int = 1
+    """Chunks of layers that each stage holds, interleaved over the stages to shorten the pipeline's idle time."""
+    context: int = 1
+    """Ways the tokens of a micro-batch are cut, for sequences too long for one device."""
+    data: int = 1
+    """Copies of the model that share a batch."""
+    sequence: bool = False
+    """Cut activations along the sequence between tensor-parallel regions (saves memory); needs tensor > 1."""
+
+    def __post_init__(self) -> None:
+        positive(self, "tensor", "pipeline", "virtual", "context", "data")
+        if self.virtual > 1 and self.pipeline == 1:
+            raise ConfigError(
+                f"parallel.virtual {self.virtual} interleaves the stages of a pipeline, and there is one stage; "
+                "set parallel.pipeline to 2 or more, or parallel.virtual to 1"
+            )
+        if self.sequence and self.tensor == 1:
+            raise ConfigError(
+                "sequence parallelism needs tensor > 1; set parallel.tensor or leave parallel.sequence off"
+            )
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. Defaults are the tutorial's SFT settings."""
+
+    lr: float = 2e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of a cosine or linear schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay after the warm-up, over the steps of the stage."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the gradient average."""
+    beta2: float = 0.95
+    """Decay of the squared-gradient average."""
+    eps: float = 1e-8
+    """Added to the denominator; AdamW's customary value."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    max_skipped: int = 3
+    """Steps in a row that are skipped because their loss or gradient is not finite; one more ends the run."""
+
+    def __post_init__(self) -> None:
+        positive(self, "lr", "eps")
+        between(self, "beta1", 0.0, 1.0)
+        between(self, "beta2", 0.0, 1.0)
+        for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a trainer computes: precision, micro-batches, device."""
+
+    dtype: Dtype = "float32"
+    """Precision of weights and activations in the forward and backward pass; the optimizer's are float32 always."""
+    micro_batch_tokens: int = 4096
+    """Most tokens in one forward pass, packed without padding; memory grows with it, results do not depend on it."""
+    device: Device = "auto"
+    """`auto` takes CUDA where there is a device."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass instead of kept: the MLP's (selective; a sixth less memory, 1 %
+    more time), or of whole layers (full; keeps one hidden state a layer, a third more time)."""
+
+    async_save: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory; the newest one is complete later."""
+
+    def __post_init__(self) -> None:
+        positive(self, "micro_batch_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on all linear layers (Hu et al. 2021); the rest of the model is frozen."""
+
+    rank: int = 0
+    """Width of the adapters; 0 trains all weights instead."""
+    alpha: float = 32.0
+    """Adapters count alpha / rank times; with 32 a rank of 16 counts twice, as is usual."""
+
+    def __post_init__(self) -> None:
+        positive(self, "alpha")
+        if self.rank < 0:
+            raise ConfigError(f"lora.rank must not be negative, got {self.rank}; 0 trains all weights")
