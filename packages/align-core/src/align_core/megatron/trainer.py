@@ -21,14 +21,13 @@ from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
 from align_core.errors import AlignError, ConfigError, DataError, LayoutError
 from align_core.megatron.background import Background
+from align_core.megatron.batch_share import BatchShare
 from align_core.megatron.checkpoint import begin_checkpoint, load_checkpoint, shared_directory
 from align_core.megatron.lora import ExportedChunk, start_adapters
 from align_core.megatron.losses import prepare_loss
-from align_core.megatron.microbatch import MicroBatch, pack
 from align_core.megatron.model import build_model, layout_of, load_weights, plan_of
 from align_core.megatron.offload import Shelf
 from align_core.megatron.optimizer import Optimization, check_schedule
-from align_core.megatron.packing import Unit, cut
 from align_core.megatron.parallel import RankContext, close_rank, init_rank
 from align_core.megatron.passes import Read, forward, forward_backward, read_logprobs, read_scores, read_values
 from align_core.megatron.prepared import Output
@@ -68,6 +67,7 @@ class MegatronTrainer:
         self.config = config
         self._owns_context = context is None
         self.context = context or init_rank(parallel=config.parallel, device=config.training.device, seed=config.seed)
+        self._share = BatchShare(self.model_config, self.context, budget=config.training.micro_batch_tokens)
         self._open = True
         self._live: RankWeights | None = None
         self._saving = Background()
@@ -110,11 +110,8 @@ class MegatronTrainer:
         """float32 [B], the scalar at the last token of each sequence; raises as `logprobs`, for the other head."""
         self._need_head("score", "scores")
         self._weights_shelf.bring_back()
-        micros = self._micros(batch, unit="sequence")
-        result = np.zeros(len(batch), np.float32)
-        for micro, values in zip(micros, forward(self._chunks, micros, read_scores)):
-            result[micro.indices] = values.cpu().numpy()
-        return self._joined(result)
+        micros = self._share.micros(batch, unit="sequence")
+        return self._share.sequences(batch, micros, forward(self._chunks, micros, read_scores))
 
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         """One optimizer update on the whole batch, however it is cut.
@@ -131,14 +128,14 @@ class MegatronTrainer:
         optimization = self._trained()
         self.reload()
         prepared = prepare_loss(loss, batch, head=self.config.head)
-        micros = self._micros(prepared.batch, unit=prepared.unit)
+        micros = self._share.micros(prepared.batch, unit=prepared.unit)
         read = self._read(prepared.reads, targets_only=True)
         number = optimization.steps_done
         optimization.zero_grad()
         clock.lap("prepare")
         with _explained(f"step {number}: {type(loss).__name__}"):
             parts = forward_backward(optimization.chunks, micros, read, prepared.compute)
-        metrics = self._summed(parts)
+        metrics = self._share.summed(parts)
         clock.lap("forward_backward")
         update = optimization.step(metrics["loss"])
         self._forget_exported()
@@ -167,7 +164,7 @@ class MegatronTrainer:
         """
         self._weights_shelf.bring_back()
         prepared = prepare_loss(loss, batch, head=self.config.head)
-        micros = self._micros(prepared.batch, unit=prepared.unit)
+        micros = self._share.micros(prepared.batch, unit=prepared.unit)
         parts = []
         with _explained(f"evaluation: {type(loss).__name__}"), torch.no_grad():
             for micro, values in zip(
@@ -176,7 +173,7 @@ class MegatronTrainer:
                 if len(micro.indices):
                     value, metrics = prepared.compute(values, micro)
                     parts.append({"loss": value, **metrics})
-        return self._summed(parts)
+        return self._share.summed(parts)
 
     def weights(self) -> WeightSource:
         """The current weights, live, where a GPU holds them, else a copy of them; for a world of one rank.
@@ -335,15 +332,10 @@ class MegatronTrainer:
     def _per_token(self, batch: Batch, read: Read, what: str) -> NDArray[np.float32]:
         """float32 [N], what `read` finds at each token."""
         self._weights_shelf.bring_back()
-        micros = self._micros(batch, unit="sequence")
-        result = np.zeros(len(batch.tokens), np.float32)
+        micros = self._share.micros(batch, unit="sequence")
         with _explained(what):
             found = forward(self._chunks, micros, read)
-        for micro, values in zip(micros, found):
-            for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
-                if len(part):
-                    result[batch.offsets[row] : batch.offsets[row + 1]] = part
-        return self._joined(result)
+        return self._share.tokens(batch, micros, found)
 
     def _read(self, output: Output, *, targets_only: bool = False) -> Read:
         if output == "logprobs":
@@ -363,69 +355,6 @@ class MegatronTrainer:
         if self.model_config.head != head:
             raise ConfigError(f"{what} need a model with head {head!r}; this one has {self.model_config.head!r}")
 
-    def _micros(self, batch: Batch, *, unit: Unit) -> list[MicroBatch]:
-        """This data-parallel rank's part of the batch."""
-        self._check_batch(batch)
-        parallel = self.context.parallel
-        interleaved = parallel.virtual > 1
-        own = cut(
-            batch,
-            unit=unit,
-            budget=self.config.training.micro_batch_tokens,
-            ranks=parallel.data,
-            multiple=parallel.pipeline if interleaved else 1,
-        )[self.context.data]
-        # Interleaved stages do not tell each other lengths.
-        least = max(int(batch.lengths[indices].sum()) for indices in own) if interleaved else 1
-        return [
-            pack(
-                batch,
-                indices,
-                multiple=parallel.tensor * (2 * parallel.context if parallel.context > 1 else 1),
-                least=least,
-                device=self.context.device,
-                share=(self.context.context, parallel.context),
-            )
-            for indices in own
-        ]
-
-    def _check_batch(self, batch: Batch) -> None:
-        if len(batch) == 0:
-            raise DataError("the batch is empty; give at least one sequence")
-        longest, limit = int(batch.lengths.max()), self.model_config.max_positions
-        if longest > limit:
-            raise DataError(
-                f"sequence {int(batch.lengths.argmax())} has {longest} tokens; the model has {limit} positions: "
-                f"set max_length to at most {limit}"
-            )
-        low, high = int(batch.tokens.min()), int(batch.tokens.max())
-        if low < 0 or high >= self.model_config.vocab_size:
-            raise DataError(
-                f"token ids reach from {low} to {high}; the model knows 0 to {self.model_config.vocab_size - 1}: "
-                "use the tokenizer that belongs to the model"
-            )
-
-    def _joined(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The sum over ranks of what each copy's speaker computed; zeros elsewhere."""
-        if self.context.parallel.world_size == 1:
-            return part
-        total = torch.from_numpy(part if self.context.speaks else np.zeros_like(part))
-        dist.all_reduce(total)
-        return total.numpy()
-
-    def _summed(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Metrics of all micro-batches and copies, key by key."""
-        own = _totals(parts) if self.context.speaks else {}
-        if self.context.parallel.world_size == 1:
-            return own
-        everyone: list[dict[str, float]] = [{} for _ in range(self.context.parallel.world_size)]
-        dist.all_gather_object(everyone, own)
-        totals: dict[str, float] = {}
-        for each in everyone:
-            for name, number in each.items():
-                totals[name] = totals.get(name, 0.0) + number
-        return totals
-
     def _write(self, metas: list[ParamMeta], buffer: NDArray[np.uint8]) -> dict[str, int]:
         self._weights_shelf.bring_back()
         if not self.context.is_first_copy:
@@ -435,16 +364,6 @@ class MegatronTrainer:
             for name, value in write_pieces(dict(chunk.named_parameters()), shards, metas, buffer).items():
                 sums[name] = (sums.get(name, 0) + value) % 2**64
         return sums
-
-
-def _totals(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Sums over micro-batches, with one copy from the device."""
-    values = [(name, value) for part in parts for name, value in part.items()]
-    numbers = torch.stack([value.detach().double() for _, value in values]).tolist() if values else []
-    totals: dict[str, float] = {}
-    for (name, _), number in zip(values, numbers):
-        totals[name] = totals.get(name, 0.0) + number
-    return totals
 
 
 @contextlib.contextmanager
