@@ -1,17 +1,23 @@
-"""How much device memory a model takes, estimated from its sizes: for plans, before anything is started.
+"""How much device memory a model or an engine takes, estimated from sizes: for plans, before anything is started.
 
-Counts what the trainer keeps: weights, gradients in float32, this rank's share of AdamW's state with float32 main
-weights, the activations of the micro-batches under way, and the logits. Leaves out the allocator's slack and the
-runtime (about 1 GiB a process). The tests compare it with peaks measured on a GPU.
+Counts what a trainer keeps (weights, gradients in float32, this rank's share of AdamW's state with float32 main
+weights, the activations of the micro-batches under way, and what the head makes), and of an engine its weights and one
+sequence's keys and values. Leaves out the allocator's slack and the runtime (about 1 GiB a process). The tests compare
+it with peaks measured on a GPU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align_core.config import LoraConfig, ParallelConfig, TrainingConfig
+from align_core.config import EngineConfig, LoraConfig, ParallelConfig, TrainingConfig
 from align_core.model_shape import ModelShape
 from align_core.types import ITEM_BYTES, Head
 
 _FLOAT32 = 4
+# How the head works: `align_core.megatron.passes` and `align_algos.fused` (a test compares), which need torch.
+_LOGITS_KEPT = 1 << 30
+_LOGITS_SHARE = 0.4
+_LOGITS_BLOCK = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +33,54 @@ class ModelMemory:
     """At the head, beside the activations; with full recompute, or one layer's activations if those are more."""
 
     @property
+    def standing(self) -> int:
+        """What stays on the device between steps, unless it is offloaded."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def working(self) -> int:
+        """What comes and goes within a step; models that take turns share it."""
+        return self.activations + self.logits
+
+    @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.standing + self.working
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineMemory:
+    """Bytes on each device of a rollout engine."""
+
+    weights: int
+    sequence: int
+    """Keys and values of one sequence of the engine's whole context."""
+
+    @property
+    def least(self) -> int:
+        """Less than this, and it cannot answer one request of full length."""
+        return self.weights + self.sequence
+
+    def taken(self, engine: EngineConfig, *, gpu_bytes: int) -> int:
+        """What the engine takes of a GPU of that size, as its settings say: a share of it, or a cache of fixed size."""
+        if engine.kv_cache_mib:
+            return self.weights + engine.kv_cache_mib * 2**20
+        return int(engine.memory_fraction * gpu_bytes)
+
+
+def engine_memory(shape: ModelShape, engine: EngineConfig) -> EngineMemory:
+    """An estimate for one of the engine's `tensor` devices; key/value heads are repeated where they are fewer."""
+    item = ITEM_BYTES[engine.dtype]
+    heads = -(-shape.kv_heads // engine.tensor)
+    return EngineMemory(
+        weights=item * -(-shape.parameters() // engine.tensor),
+        sequence=2 * item * shape.layers * heads * shape.head_dim * engine.context,
+    )
+
+
+def models_memory(models: Sequence[ModelMemory]) -> int:
+    """Bytes of models that share a device and take turns: all that stands, and the most that any of them works with."""
+    return sum(each.standing for each in models) + max((each.working for each in models), default=0)
 
 
 def model_memory(
@@ -53,9 +104,7 @@ def model_memory(
     # AdamW's two averages, and the float32 weights that bfloat16 ones are rounded from; each copy keeps a share.
     learnt = held if lora is None or not lora.rank else -(-layers * _adapters(shape, lora.rank) // parallel.tensor)
     state = learnt * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
-    logits = tokens * -(-shape.vocab // parallel.tensor) * (item + _FLOAT32)
-    if head == "score" or parallel.pipeline > 1:
-        logits = 0
+    logits = 0 if head == "score" or parallel.pipeline > 1 else _head_bytes(shape, tokens, item, parallel, trainable)
     layer = tokens * item * _layer_activations(shape, parallel, training.recompute)
     if training.recompute == "full":
         whole = tokens * item * _layer_activations(shape, parallel, "none")
@@ -69,6 +118,16 @@ def model_memory(
         activations=kept,
         logits=logits,
     )
+
+
+def _head_bytes(shape: ModelShape, tokens: int, item: int, parallel: ParallelConfig, trainable: bool) -> int:
+    """Logits that are kept for the backward pass, or a block of them, and the head's gradient before it is added."""
+    rows = -(-shape.vocab // parallel.tensor)
+    logits = tokens * rows * item
+    if not trainable:
+        return min(logits, _LOGITS_BLOCK)
+    kept = min(logits, max(_LOGITS_KEPT, int(_LOGITS_SHARE * logits)))
+    return kept + min(logits - kept, _LOGITS_BLOCK) + rows * shape.hidden * item
 
 
 def _adapters(shape: ModelShape, rank: int) -> int:

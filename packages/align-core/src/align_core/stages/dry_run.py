@@ -15,7 +15,7 @@ from align_core.config import (
 from align_core.data.dataset import Dataset
 from align_core.data.files import DataFiles
 from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
-from align_core.memory import ModelMemory
+from align_core.memory import ModelMemory, models_memory
 from align_core.model_shape import ModelShape, read_model_shape
 from align_core.stages.gpu_plan import gpu_lines, roles
 from align_core.stages.preflight import open_tokenizer
@@ -83,7 +83,7 @@ def _memory_lines(config: StageConfig) -> Iterator[Line]:
     models = [(role.name, role.memory(config)) for role in roles(config)]
     for name, memory in models:
         yield f"memory per GPU, {name}", _memory_text(memory)
-    yield "memory per GPU, in all", f"about {_size(sum(memory.total for _, memory in models))}, and the runtime"
+    yield "memory per GPU, in all", f"about {_size(models_memory([memory for _, memory in models]))}, and the runtime"
     if config.cluster.described:
         yield from gpu_lines(config)
 

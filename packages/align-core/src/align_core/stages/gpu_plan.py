@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_core.config import (
+    EngineConfig,
     GrpoConfig,
     OnlineDpoConfig,
     ParallelConfig,
@@ -19,10 +20,10 @@ from align_core.config import (
     StageConfig,
 )
 from align_core.errors import ConfigError
-from align_core.memory import ModelMemory, model_memory
-from align_core.model_shape import ModelShape, read_model_shape
+from align_core.memory import ModelMemory, engine_memory, model_memory
+from align_core.model_shape import read_model_shape
 from align_core.placement import Node, Placement, Slot, parse_cluster
-from align_core.types import ITEM_BYTES, Head
+from align_core.types import Head
 
 _GIB = 2**30
 _RUNTIME = _GIB  # CUDA and NCCL in one process, which allocators do not know of
@@ -117,8 +118,8 @@ def _loads(config: StageConfig, placement: Placement) -> list[Load]:
     loads = []
     for slot in placement.slots:
         here = [(role, memory) for role, memory, slots in held if slot in slots]
-        standing = [(role.name, memory.weights + memory.gradients + memory.optimizer) for role, memory in here]
-        working = max((memory.activations + memory.logits for _, memory in here), default=0)
+        standing = [(role.name, memory.standing) for role, memory in here]
+        working = max((memory.working for _, memory in here), default=0)
         runtime = ("runtime", _RUNTIME * max(1, len({role.parallel for role, _ in here})))
         engine = _engine_bytes(config, placement.nodes[slot.node]) if engines and slot in engines else 0
         sleeps = isinstance(config, PolicyConfig) and config.engine.sleep and placement.mode == "colocated"
@@ -136,22 +137,21 @@ def _loads(config: StageConfig, placement: Placement) -> list[Load]:
 def _engine_bytes(config: StageConfig, node: Node) -> int:
     """Weights and KV cache: the share of the memory that the engine is told to take."""
     assert isinstance(config, PolicyConfig)
-    share = int(config.engine.memory_fraction * node.gpu_gib * _GIB)
-    least = _engine_least(read_model_shape(config.model), config)
-    if least > share:
+    memory = engine_memory(read_model_shape(config.model), config.engine)
+    taken = memory.taken(config.engine, gpu_bytes=int(node.gpu_gib * _GIB))
+    if memory.least > taken:
         raise ConfigError(
-            f"engine.memory_fraction {config.engine.memory_fraction} of {node.gpu_gib:g} GiB are {share / _GIB:.1f} "
-            f"GiB; the weights and one sequence of {config.engine.context} tokens need {least / _GIB:.1f}: raise it or "
-            "engine.tensor, or lower engine.context"
+            f"{_engine_setting(config.engine, node)} are {taken / _GIB:.1f} GiB; the weights and one sequence of "
+            f"{config.engine.context} tokens need {memory.least / _GIB:.1f}: raise it or engine.tensor, or lower "
+            "engine.context"
         )
-    return share
+    return taken
 
 
-def _engine_least(shape: ModelShape, config: PolicyConfig) -> int:
-    """Bytes of the weights and of one sequence's keys and values on one of the engine's GPUs."""
-    item = ITEM_BYTES[config.engine.dtype]
-    cache = 2 * shape.layers * max(1, shape.kv_heads // config.engine.tensor) * shape.head_dim * config.engine.context
-    return item * (shape.parameters() // config.engine.tensor + cache)
+def _engine_setting(engine: EngineConfig, node: Node) -> str:
+    if engine.kv_cache_mib:
+        return f"the weights and engine.kv_cache_mib {engine.kv_cache_mib}"
+    return f"engine.memory_fraction {engine.memory_fraction} of {node.gpu_gib:g} GiB"
 
 
 def _check(load: Load, node: Node) -> None:
