@@ -45,6 +45,14 @@ PLACES = {"model": Path("m"), "data": Path("d"), "out": Path("o")}
         (lambda: OptimizerConfig(beta1=1.5), "beta1 must lie between 0.0 and 1.0, got 1.5"),
         (lambda: OptimizerConfig(clip_grad=-1.0), "clip_grad must not be negative, got -1.0"),
         (lambda: TrainingConfig(micro_batch_tokens=0), "micro_batch_tokens must be greater than 0"),
+        (
+            lambda: TrainingConfig(recompute="full", recompute_modules=("mlp",)),
+            "recompute_modules mlp have no use with recompute 'full'; set recompute to 'selective'",
+        ),
+        (
+            lambda: TrainingConfig(recompute="selective", recompute_modules=()),
+            "recompute 'selective' needs recompute_modules; name some",
+        ),
         (lambda: SamplingConfig(top_p=0.0), "top_p must lie between"),
         (lambda: SamplingConfig(temperature=-1.0), "temperature must not be negative"),
         (lambda: SamplingConfig(temperature=0.0, n=4), "gives 4 equal completions; set n to 1 or temperature above 0"),

@@ -78,6 +78,26 @@ def test_memory_by_hand() -> None:
     assert frozen.activations < whole.activations
 
 
+@pytest.mark.parametrize(
+    ("modules", "values"),
+    [
+        (("activation",), 8 * 4096 + 2 * 11008),
+        (("mlp",), 8 * 4096),
+        (("norm",), 6 * 4096 + 3 * 11008),
+        (("attention",), 7 * 4096 + 3 * 11008),
+        (("mlp", "norm", "attention"), 5 * 4096),
+    ],
+)
+def test_activations_by_module(modules: Any, values: int) -> None:
+    """A layer keeps the input and output of both norms, queries, keys, values and what attention gives, each 4,096
+    wide, and gate, up and their product, each 11,008."""
+    training = TrainingConfig(
+        dtype="bfloat16", micro_batch_tokens=100, recompute="selective", recompute_modules=modules
+    )
+    memory = model_memory(LLAMA_2_7B, parallel=ParallelConfig(), training=training)
+    assert memory.activations == 2 * 100 * 32 * values
+
+
 def test_head_is_counted_as_it_works() -> None:
     """The constants are repeated, because the modules that own them bring torch."""
     pytest.importorskip("torch")

@@ -236,3 +236,19 @@ def test_texts_and_tokens_that_end_a_completion_are_lists(tmp_path: Path) -> Non
 def test_an_empty_text_ends_nothing() -> None:
     with pytest.raises(ConfigError, match="empty text"):
         grpo("--sampling.stop", '[""]')
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--training.recompute_modules", "norm", "--training.recompute_modules", "mlp"],
+        ["--training.recompute_modules", '["norm", "mlp"]'],
+    ],
+)
+def test_lists_of_words_come_one_by_one_or_as_a_list(words: list[str]) -> None:
+    places = ["--model", "m", "--data", "d", "--out", "o", "--training.recompute=selective"]
+    assert parse(SftConfig, [*places, *words], stage="sft").training.recompute_modules == ("norm", "mlp")
+    one = parse(SftConfig, [*places, "--training.recompute_modules=norm"], stage="sft")
+    assert one.training.recomputed == {"norm"}
+    with pytest.raises(ConfigError, match="must be a list of 'activation', 'attention', 'mlp' or 'norm', got 'all'"):
+        parse(SftConfig, [*places, "--training.recompute_modules", "all"], stage="sft")

@@ -105,9 +105,9 @@ def model_memory(
     learnt = held if lora is None or not lora.rank else -(-layers * _adapters(shape, lora.rank) // parallel.tensor)
     state = learnt * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
     logits = 0 if head == "score" or parallel.pipeline > 1 else _head_bytes(shape, tokens, item, parallel, trainable)
-    layer = tokens * item * _layer_activations(shape, parallel, training.recompute)
+    layer = tokens * item * _layer_activations(shape, parallel, training)
     if training.recompute == "full":
-        whole = tokens * item * _layer_activations(shape, parallel, "none")
+        whole = tokens * item * _layer_activations(shape, parallel, TrainingConfig())
         logits = max(logits, whole)
     # A pipeline's first stage has as many micro-batches under way as there are stages.
     kept = layers * parallel.pipeline * layer if trainable else layer
@@ -137,13 +137,16 @@ def _adapters(shape: ModelShape, rank: int) -> int:
     return rank * (ends + shape.ffn + shape.hidden)
 
 
-def _layer_activations(shape: ModelShape, parallel: ParallelConfig, recompute: str) -> int:
+def _layer_activations(shape: ModelShape, parallel: ParallelConfig, training: TrainingConfig) -> int:
     """Values a token that a layer keeps for its backward pass: around both norms, attention, and the gated MLP."""
-    whole = shape.hidden if recompute == "full" else 4 * shape.hidden
-    cut = 0
-    if recompute != "full":
-        of_mlp = 3 if recompute == "none" else 2  # gate, up, and (unless computed again) their product
-        cut = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + of_mlp * shape.ffn
+    forgotten = training.recomputed
+    if training.recompute == "full":
+        whole, cut = shape.hidden, 0
+    else:
+        whole = (2 if "norm" in forgotten else 4) * shape.hidden
+        of_attention = (shape.heads + 2 * shape.kv_heads) + (0 if "attention" in forgotten else shape.heads)
+        of_mlp = 0 if "mlp" in forgotten else 2 if "activation" in forgotten else 3  # gate, up, and their product
+        cut = of_attention * shape.head_dim + of_mlp * shape.ffn
     if parallel.sequence:
         return -(-(whole + cut) // parallel.tensor)
     return whole + -(-cut // parallel.tensor)

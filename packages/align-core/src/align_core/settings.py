@@ -114,6 +114,8 @@ def _kind(hint: Any) -> str:
         return choices(typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return "a list"
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_kind(typing.get_args(hint)[0])}"
     if members := typing.get_args(hint):
         return " or ".join("null" if member is type(None) else _kind(member) for member in members)
     return _KINDS.get(hint, "a group of settings")
@@ -152,11 +154,13 @@ def _files_first(argv: Sequence[str]) -> list[str]:
 
 
 def _gathered(config_type: type[object], argv: Sequence[str]) -> list[str]:
-    """Options of lists that are given several times, as one: `--data a --data b` is `--data ["a", "b"]`."""
+    """Options of lists that are given several times, as one: `--data a --data b` is `--data ["a", "b"]`; and one value
+    of a list of texts as that list."""
     words = list(argv)
     for key, kind in _types(config_type).items():
         values = _options(words, key)
-        if len(values) < 2 or not _takes_list(kind):
+        alone = len(values) == 1 and _is_list_of_texts(kind) and not values[0].startswith("[")
+        if not alone and (len(values) < 2 or not _takes_list(kind)):
             continue
         kept = []
         skip = False
@@ -173,6 +177,12 @@ def _gathered(config_type: type[object], argv: Sequence[str]) -> list[str]:
 
 def _takes_list(hint: Any) -> bool:
     return typing.get_origin(hint) in (list, tuple) or any(_takes_list(member) for member in typing.get_args(hint))
+
+
+def _is_list_of_texts(hint: Any) -> bool:
+    members = typing.get_args(hint)
+    is_text = bool(members) and (members[0] is str or typing.get_origin(members[0]) is typing.Literal)
+    return typing.get_origin(hint) is tuple and is_text
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:

@@ -26,7 +26,15 @@ from align_core.config.responses import LogprobsConfig, ResponsesConfig, ScoreCo
 from align_core.config.rl import GrpoConfig, KlConfig, OnlineDpoConfig, RlhfConfig
 from align_core.config.scoring import ScoringConfig
 from align_core.config.stage import StageConfig, TrainerConfig
-from align_core.config.training import Device, Dtype, LoraConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from align_core.config.training import (
+    Device,
+    Dtype,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeModule,
+    TrainingConfig,
+)
 
 __all__ = [
     "ClusterConfig",
@@ -56,6 +64,7 @@ __all__ = [
     "PolicyConfig",
     "PolicyVariant",
     "PpoLoss",
+    "RecomputeModule",
     "ReferenceConfig",
     "ResponsesConfig",
     "RewardConfig",

@@ -8,6 +8,7 @@ from align_core.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cuda", "cpu"]
+RecomputeModule = Literal["activation", "mlp", "norm", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,14 +91,29 @@ class TrainingConfig:
     device: Device = "auto"
     """`auto` takes CUDA where there is a device."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass instead of kept: the MLP's (selective; a sixth less memory, 1 %
-    more time), or of whole layers (full; keeps one hidden state a layer, a third more time)."""
-
+    """Activations computed again in the backward pass instead of kept: those of `recompute_modules` (selective), or of
+    whole layers (full; keeps one hidden state a layer, a third more time)."""
+    recompute_modules: tuple[RecomputeModule, ...] = ("activation",)
+    """Of selective, each with its share of the 7B shape's activations and what it costs: `activation`, of the MLP (a
+    sixth; next to nothing); `mlp`, gate and up besides (half in all; a seventh more work); `norm`, what norms give (an
+    eighth; next to nothing); `attention`, what it gives (a sixteenth; its forward pass)."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in the host's memory; the newest one is complete later."""
 
     def __post_init__(self) -> None:
         positive(self, "micro_batch_tokens")
+        if self.recompute == "selective" and not self.recompute_modules:
+            raise ConfigError("recompute 'selective' needs recompute_modules; name some, or set recompute to 'none'")
+        if self.recompute != "selective" and self.recompute_modules != ("activation",):
+            raise ConfigError(
+                f"recompute_modules {', '.join(self.recompute_modules)} have no use with recompute {self.recompute!r}; "
+                "set recompute to 'selective'"
+            )
+
+    @property
+    def recomputed(self) -> frozenset[RecomputeModule]:
+        """The modules of each layer whose outputs are made again."""
+        return frozenset(self.recompute_modules if self.recompute == "selective" else ())
 
 
 @dataclass(frozen=True, kw_only=True)

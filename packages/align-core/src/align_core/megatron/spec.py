@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -23,6 +22,7 @@ from align_core.megatron.attention import PackedAttention
 from align_core.megatron.layers import Norm, swiglu
 from align_core.megatron.lora import LoraColumnLinear, LoraRowLinear
 from align_core.megatron.parallel import RankContext
+from align_core.megatron.recompute import ForgetfulLayer, ForgettableAttention, ForgettableMLP, ForgettableNorm
 from align_core.megatron.wgrad import can_accumulate
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -31,18 +31,6 @@ _CHECKPOINT_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-
-
-class RecomputingMLP(MLP):  # type: ignore[misc]
-    """Forgets the activation's output after the forward pass and computes it again for the backward pass."""
-
-    def forward(self, hidden: Tensor, **_: object) -> tuple[Tensor, None]:
-        """As megatron-core's MLP without biases."""
-        checkpoint = CheckpointWithoutOutput(fp8=None)
-        gate_up, _none = self.linear_fc1(hidden)
-        output, _none = self.linear_fc2(checkpoint.checkpoint(self.activation_func, gate_up))
-        checkpoint.discard_output_and_register_recompute(output)
-        return output, None
 
 
 def transformer_config(config: ModelConfig, context: RankContext, training: TrainingConfig) -> Any:
@@ -104,30 +92,35 @@ def layer_spec(config: ModelConfig, training: TrainingConfig, lora: LoraConfig, 
         column = ModuleSpec(module=LoraColumnLinear, params={"lora": lora})
         gated = ModuleSpec(module=LoraColumnLinear, params={"lora": lora, "gated": True})
         row = ModuleSpec(module=LoraRowLinear, params={"lora": lora})
+    forgotten = training.recomputed
+    norm = ForgettableNorm if "norm" in forgotten else Norm
+    core = ForgettableAttention if "attention" in forgotten else PackedAttention
     has_qk_norm = _has(config, "q_layernorm.weight")
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
-            core_attention=ModuleSpec(module=PackedAttention, params={"frequencies": rotary}),
+            core_attention=ModuleSpec(module=core, params={"frequencies": rotary}),
             linear_proj=row,
             q_layernorm=Norm if has_qk_norm else None,
             k_layernorm=Norm if has_qk_norm else None,
         ),
     )
+    of_mlp: dict[str, Any] = {"ffn_hidden_size": config.ffn_size}
+    forgets_mlp = "mlp" in forgotten or "activation" in forgotten
     mlp = ModuleSpec(
-        module=RecomputingMLP if training.recompute == "selective" else MLP,
-        params={"ffn_hidden_size": config.ffn_size},
+        module=ForgettableMLP if forgets_mlp else MLP,
+        params={**of_mlp, "whole": "mlp" in forgotten} if forgets_mlp else of_mlp,
         submodules=MLPSubmodules(linear_fc1=gated, linear_fc2=row, activation_func=swiglu),
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=ForgetfulLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
@@ -136,7 +129,7 @@ def layer_spec(config: ModelConfig, training: TrainingConfig, lora: LoraConfig, 
 
 
 def _recompute(training: TrainingConfig) -> dict[str, Any]:
-    """megatron-core's part of it; its selective recompute of norms needs Transformer Engine."""
+    """megatron-core's part of it; what is selective is in the modules (`recompute.py`)."""
     if training.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {}
