@@ -3,7 +3,7 @@
 Structural (typing.Protocol): an implementation inherits nothing and is checked by `align_core.conformance`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from align_core.config import EvaluationConfig, LossConfig, SamplingConfig
 from align_core.text import Tokenizer
 from align_core.transfer.rectangles import Part, Pulled, Rows
+from align_core.transfer.seats import Seat
 from align_core.types import (
     Batch,
     ChatReply,
     ChatRequest,
     Completion,
     ParamMeta,
+    Piece,
     Prompt,
     Score,
     WeightChunk,
@@ -110,6 +112,58 @@ class DirectSink(Protocol):
 
 
 @runtime_checkable
+class LinkedSource(Protocol):
+    """A weight source whose ranks send their parts to the ranks of engines: NCCL between GPUs, gloo on CPU."""
+
+    def devices(self) -> frozenset[str]:
+        """See `DirectSource`; empty on CPU."""
+        ...
+
+    def seat(self, layouts: Sequence[Sequence[Sequence[Part]]]) -> Seat:
+        """A seat for the first rank of the engines with these `layouts`; their others sit behind it, in order.
+
+        The same object as long as `layouts` is the same object: then all are still connected.
+        """
+        ...
+
+    def send(self, rows: Rows | None) -> Sequence[Mapping[str, int]]:
+        """Sends to all who have taken their seats; the checksums over `rows` of each rank's primary parts."""
+        ...
+
+    def as_sent(self) -> Iterator[WeightTensor]:
+        """The weights as they were last sent, for an engine that starts anew, though they may have changed since."""
+        ...
+
+
+@runtime_checkable
+class LinkedSink(Protocol):
+    """A weight sink whose engines' ranks receive announced weights over links, between `begin` and `commit`."""
+
+    def remember(self, source: LinkedSource) -> None:
+        """Says where the weights to come are from, for whoever needs them a second time."""
+        ...
+
+    def devices(self) -> frozenset[str]:
+        """UUIDs of the GPUs of all engines behind this sink; empty on CPU."""
+        ...
+
+    def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
+        """See `DirectSink`; the same object until an engine has been replaced."""
+        ...
+
+    def expect(self, seat: Seat) -> None:
+        """Takes seats from `seat` on; from its return to `commit` no request moves, and `receive` waits for none.
+
+        Raises SyncError or LayoutError for weights that the engine cannot take, while no sender waits for it yet.
+        """
+        ...
+
+    def receive(self, rows: Rows | None) -> Sequence[Pulled]:
+        """Overwrites the old weights with what comes, as `DirectSink.pull` does; one answer an engine."""
+        ...
+
+
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Generates token ids from token ids."""
 
@@ -163,6 +217,18 @@ class SupportsAsyncGenerate(Protocol):
 
     def resume(self) -> None:
         """Goes on from where `pause` stopped, with the weights of now; each token carries the version it came from."""
+        ...
+
+
+@runtime_checkable
+class SupportsTokenStream(Protocol):
+    """An engine that samples in the background and lets one listener follow token by token."""
+
+    def listen(self, listener: Callable[[Piece], None] | None) -> None:
+        """From now on `listener` is called with the new tokens of each submitted request, and at its end.
+
+        In the thread that samples, so it must return at once and call nothing of the engine.
+        """
         ...
 
 

@@ -144,6 +144,23 @@ class Prompt:
     """int32 [L], L >= 1."""
     max_tokens: int | None = None
     """Most new tokens of this prompt's completions; none leaves it to `SamplingConfig.max_tokens`."""
+    seed_id: int | None = None
+    """What `sampling.seed` is mixed with instead of `id`, for a caller whose ids do not repeat with its prompts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """The newest tokens of a completion that is being sampled."""
+
+    prompt_id: int
+    sample: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of these tokens, nats."""
+    version: int
+    """Of the weights that sampled them."""
+    finish_reason: "FinishReason | None"
+    """Why it ended with them; None while it goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

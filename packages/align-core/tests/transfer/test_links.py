@@ -4,7 +4,6 @@ Each rank is a thread with a process group of its own, as each would be a proces
 receivers empty ones. What arrives is compared with what was sent by checksums.
 """
 
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,8 +16,10 @@ from align_convert.plan import Shard, rank_plan
 from align_core.errors import SyncError
 from align_core.megatron.weights import held_parts, weight_metas
 from align_core.transfer.checksums import PartSums
-from align_core.transfer.links import Link, Meeting, routes
+from align_core.transfer.links import Link, routes
 from align_core.transfer.rectangles import Part, Rows, check_sums
+from align_core.transfer.rendezvous import close_meeting, open_meeting
+from align_core.transfer.seats import Meeting
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -73,17 +74,15 @@ def work(rank: int, meeting: Meeting, layouts: tuple[Layout, Layout], drop: str)
 
 
 def transfer(
-    senders: Layout, receivers: Layout, *, drop: str = ""
+    senders: Layout, receivers: Layout, *, drop: str = "", host: str = ""
 ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
     """The checksums of all ranks on both sides, after weights have moved."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     counts = len(senders.ranks()), len(receivers.ranks())
-    meeting = Meeting(host="127.0.0.1", port=port, senders=counts[0], receivers=counts[1], backend="gloo", timeout_s=60)
+    meeting = Meeting(place=open_meeting(host), senders=counts[0], receivers=counts[1], backend="gloo", timeout_s=60)
     with ThreadPoolExecutor(max_workers=sum(counts)) as pool:
         ranks = [pool.submit(work, rank, meeting, (senders, receivers), drop) for rank in range(sum(counts))]
         sums = [rank.result() for rank in ranks]
+    close_meeting(meeting.place)
     return sums[: counts[0]], sums[counts[0] :]
 
 
@@ -95,6 +94,33 @@ def transfer(
 def test_every_weight_arrives_in_another_layout(senders: Layout, receivers: Layout) -> None:
     sent, held = transfer(senders, receivers)
     check_sums(sent, held, plans_of(receivers)[1], version=1)
+
+
+def test_ranks_meet_over_a_port_too() -> None:
+    sent, held = transfer(Layout(tp=2), Layout(), host="127.0.0.1")
+    check_sums(sent, held, plans_of(Layout())[1], version=1)
+
+
+def test_a_bucket_that_is_not_sent_is_named_when_the_time_is_over() -> None:
+    """The sender has met the receiver and sends nothing."""
+    held, wanted = plans_of(Layout())[1], plans_of(Layout())[1]
+    tensors = {f"0.{shard.name}": torch.zeros(shard.shape) for shard in plans_of(Layout())[0][0]}
+    meeting = Meeting(place=open_meeting(), senders=1, receivers=1, backend="gloo", timeout_s=2)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        sender = pool.submit(Link, meeting, 0)
+        receiver = Link(meeting, 1)
+        sender.result()
+        with pytest.raises(SyncError, match=r"weights 'model\.embed_tokens\.weight'.* did not come from rank 0"):
+            receiver.receive(tensors, routes(held, wanted))
+        sender.result().close(), receiver.close()
+    close_meeting(meeting.place)
+
+
+def test_a_rank_that_does_not_come_is_an_error_and_no_hang() -> None:
+    meeting = Meeting(place=open_meeting(), senders=1, receivers=1, backend="gloo", timeout_s=2)
+    with pytest.raises(SyncError, match="1 trainer ranks and 1 engine ranks did not meet"):
+        Link(meeting, 1)
+    close_meeting(meeting.place)
 
 
 def test_a_bucket_that_never_came_is_named() -> None:

@@ -6,7 +6,7 @@ the argument parser reads `__dict__`.
 """
 
 from align_core.config.cluster import ClusterConfig, PlacementMode
-from align_core.config.engine import EngineConfig, InFlight, SamplingConfig, Verify
+from align_core.config.engine import EngineConfig, InFlight, SamplingConfig, Transport, Verify
 from align_core.config.evaluation import EvaluationConfig, JudgeConfig
 from align_core.config.losses import (
     DpoLoss,
@@ -79,6 +79,7 @@ __all__ = [
     "StageConfig",
     "TrainerConfig",
     "TrainingConfig",
+    "Transport",
     "ValueLoss",
     "Verify",
 ]

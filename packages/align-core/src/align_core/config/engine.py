@@ -9,6 +9,7 @@ from align_core.errors import ConfigError
 
 Verify = Literal["sampled", "full", "off"]
 InFlight = Literal["drain", "abort", "continue"]
+Transport = Literal["auto", "memory", "links", "host"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,10 @@ class EngineConfig:
     verify: Verify = "sampled"
     """Checksums of weights sent from GPU to GPU: of one row in 16, another one each sync, of all, or none. What goes
     through the host's memory is always checked in full."""
+    transport: Transport = "auto"
+    """How new weights come: `memory` the engine reads them on the trainer's GPUs, `links` each rank sends its parts
+    (NCCL between GPUs, gloo on CPU), `host` through the host's memory; `auto` takes the first that is possible, and
+    `host` on CPU."""
     in_flight: InFlight = "drain"
     """What new weights do to requests under way: wait for them, cut them short, or continue them with the new ones."""
 

@@ -44,6 +44,7 @@ from align_core.megatron.weights import (
 )
 from align_core.transfer.memory import Handle
 from align_core.transfer.rectangles import Part, Rows
+from align_core.transfer.seats import Seat
 from align_core.types import Batch, ParamMeta
 
 
@@ -226,7 +227,7 @@ class MegatronTrainer:
         """Every weight of the whole model; in a weights file they lie end to end in this order."""
         return weight_metas(self.model_config, self.config.training.dtype)
 
-    def write_weights(self, file: Path) -> dict[str, int]:
+    def write_weights(self, file: Path, *, sent: bool = False) -> dict[str, int]:
         """Copy the pieces that this rank owns into their places in `file`, which must have its full size already.
 
         Every rank calls it, for the same file. Returns this rank's share of the weights' checksums: those of all ranks,
@@ -236,7 +237,19 @@ class MegatronTrainer:
         size = file.stat().st_size
         if size != total_bytes(metas):
             raise DataError(f"weights file {str(file)!r} has {size} bytes; the model needs {total_bytes(metas)}")
-        return self._write(metas, np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)))
+        return self._write(metas, np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,)), sent=sent)
+
+    def send_weights(self, seat: Seat | None, rows: Rows | None) -> dict[str, int]:
+        """See `RankWeights.send`; every rank calls it."""
+        return self.live_weights().send(seat, rows)
+
+    def keep_weights(self) -> None:
+        """See `RankWeights.keep`."""
+        self.live_weights().keep()
+
+    def write_sent_weights(self, file: Path) -> dict[str, int]:
+        """`write_weights`, of the weights as `send_weights` last sent them."""
+        return self.write_weights(file, sent=True)
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
         """Write all that is needed to continue, atomically; every rank calls it.
@@ -322,7 +335,9 @@ class MegatronTrainer:
             return
         self._saving.wait()
         self._open = False
-        self._live = None
+        if self._live is not None:
+            self._live.close()
+            self._live = None
         self.__dict__.pop("_chunks", None)
         self.__dict__.pop("_exported", None)
         self.__dict__.pop("_optimization", None)
@@ -355,13 +370,15 @@ class MegatronTrainer:
         if self.model_config.head != head:
             raise ConfigError(f"{what} need a model with head {head!r}; this one has {self.model_config.head!r}")
 
-    def _write(self, metas: list[ParamMeta], buffer: NDArray[np.uint8]) -> dict[str, int]:
+    def _write(self, metas: list[ParamMeta], buffer: NDArray[np.uint8], *, sent: bool = False) -> dict[str, int]:
         self._weights_shelf.bring_back()
         if not self.context.is_first_copy:
             return {}
         sums: dict[str, int] = {}
-        for chunk, shards in zip(self._exported, plan_of(self.model_config, self.context), strict=True):
-            for name, value in write_pieces(dict(chunk.named_parameters()), shards, metas, buffer).items():
+        plans = plan_of(self.model_config, self.context)
+        for number, (chunk, shards) in enumerate(zip(self._exported, plans, strict=True)):
+            tensors = dict(chunk.named_parameters()) | (self.live_weights().as_sent(number) if sent else {})
+            for name, value in write_pieces(tensors, shards, metas, buffer).items():
                 sums[name] = (sums.get(name, 0) + value) % 2**64
         return sums
 

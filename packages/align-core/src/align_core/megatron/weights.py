@@ -19,8 +19,10 @@ from align_convert.fill import shard_slices, slices
 from align_convert.plan import Index, Shard
 from align_core.config import Dtype
 from align_core.transfer.checksums import PartSums
+from align_core.transfer.ends import LinkEnd
 from align_core.transfer.memory import Handle, device_of, export_tensors
 from align_core.transfer.rectangles import Part, Rows
+from align_core.transfer.seats import Seat
 from align_core.types import ITEM_BYTES, POSITION_START, POSITION_STEP, ParamMeta, WeightTensor
 
 _INT = {2: np.int16, 4: np.int32}
@@ -64,6 +66,8 @@ class RankWeights:
         self._chunks = chunks
         self._parts = [part for chunk, shards in enumerate(plans) for part in held_parts(shards, metas, chunk=chunk)]
         self._sums: PartSums | None = None
+        self._end = LinkEnd()
+        self._kept: dict[str, Tensor] = {}
 
     def parts(self) -> list[Part]:
         """Which parts of which weights this rank holds."""
@@ -94,6 +98,30 @@ class RankWeights:
         if self._sums is None:
             self._sums = PartSums([part for part in self._parts if part.primary])
         return self._sums.compute(self.tensors(), rows)
+
+    def send(self, seat: Seat | None, rows: Rows | None) -> dict[str, int]:
+        """Sends to the engines' ranks, from `seat` if it is another one than before; `checksums` over `rows`."""
+        self._kept = {}
+        if not self._parts:
+            return {}
+        if seat is not None:
+            self._end.sit(seat)
+        self._end.send(self.tensors())
+        return self.checksums(rows) if rows else {}
+
+    def keep(self) -> None:
+        """Copies what was last sent into the host's memory, because it is about to change."""
+        if not self._kept:
+            self._kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
+
+    def as_sent(self, chunk: int) -> dict[str, Tensor]:
+        """A chunk's tensors by megatron-core name, where they have changed since they were last sent: as they were."""
+        prefix = _tensor_name(chunk, "")
+        return {name.removeprefix(prefix): kept for name, kept in self._kept.items() if name.startswith(prefix)}
+
+    def close(self) -> None:
+        """Leaves the engines' ranks."""
+        self._end.close()
 
 
 class LiveWeights:

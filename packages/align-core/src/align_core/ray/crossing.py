@@ -24,8 +24,9 @@ Span = tuple[int, int]
 class CrossingSource:
     """A `WeightSource` for any number of nodes; its weights carry their bytes."""
 
-    def __init__(self, workers: WorkerGroup) -> None:
-        self._workers = workers
+    def __init__(self, workers: WorkerGroup, write: str = "write_weights") -> None:
+        """`write` is the method with which each rank writes its part into a file."""
+        self._workers, self._write = workers, write
         self._layout: Sequence[ParamMeta] = workers.call("weights_layout")[0]
         self._node_of = [place.node_id for place in workers.processes.places]
         self._speaker = {node: self._node_of.index(node) for node in self._node_of}
@@ -40,7 +41,7 @@ class CrossingSource:
         total = sum(meta.nbytes for meta in self._layout)
         files = {node: self._workers.run(rank, make_file, total) for node, rank in self._speaker.items()}
         try:
-            sums = self._workers.call_each("write_weights", [(Path(files[node]),) for node in self._node_of])
+            sums = self._workers.call_each(self._write, [(Path(files[node]),) for node in self._node_of])
             for chunk in self._chunks():
                 yield from self._fetch(chunk, files, sums)
         finally:

@@ -19,7 +19,7 @@ from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink
 from align_core.errors import DataError, WorkerError
 from align_core.ray.engine_host import EngineHost, Refusal
-from align_core.ray.engine_sink import DirectReplicaSink, ReplicaSink
+from align_core.ray.engine_sink import DirectReplicaSink, LinkedReplicaSink, ReplicaSink
 from align_core.ray.workers import WorkerGroup
 from align_core.types import Completion, Prompt
 
@@ -85,8 +85,7 @@ class RayEngine:
         ]
         self._asked: dict[int, _Asked] = {}
         self._paused = False
-        direct = len(builds) == 1 and self._replicas[0].ask("pulls")
-        self._sink: ReplicaSink = (DirectReplicaSink if direct else ReplicaSink)(self._ask_all)
+        self._sink = self._make_sink()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         """See `align_core.contracts.RolloutEngine`."""
@@ -176,9 +175,24 @@ class RayEngine:
             replica.workers.close()
         self._pool.shutdown()
 
+    def _make_sink(self) -> ReplicaSink:
+        first = self._replicas[0]
+        kind = ReplicaSink
+        if first.ask("links"):
+            kind = DirectReplicaSink if len(self._replicas) == 1 and first.ask("pulls") else LinkedReplicaSink
+        return kind(self._ask_each, len(self._replicas))
+
     def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        """The answer of every replica; a death ends it, because weights that are half in need to be sent anew."""
-        pending = [self._pool.submit(replica.ask, method, *arguments) for replica in self._replicas]
+        return self._ask_each(method, [arguments] * len(self._replicas))
+
+    def _ask_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answer of every replica, each with its own arguments.
+
+        A death ends it, because weights that are half in need to be sent anew; before the first step of an update the
+        replica is started again instead.
+        """
+        asks = [partial(self._alive, replica) if method == "begin" else replica.ask for replica in self._replicas]
+        pending = [self._pool.submit(ask, method, *own) for ask, own in zip(asks, arguments, strict=True)]
         wait(pending)  # an error must not leave before the others are done with files that go away with the call
         return [future.result() for future in pending]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from align_core.config import EngineConfig
-from align_core.contracts import DirectSink, RolloutEngine, SupportsAsyncGenerate, SupportsSleep
-from align_core.errors import AlignError, ConfigError
+from align_core.contracts import DirectSink, LinkedSink, RolloutEngine, SupportsAsyncGenerate, SupportsSleep
+from align_core.errors import AlignError, ConfigError, SyncError
 from align_core.stages.local import make_engine
 from align_core.transfer.rectangles import Part, Pulled, Rows
+from align_core.transfer.seats import Seat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,7 @@ class EngineHost:
         self._engine: RolloutEngine = make_engine(model, config)
         self._sink = self._engine.weight_sink()
         self._layout: Sequence[Sequence[Part]] = []
+        self._seat: Seat | None = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """`method` of the engine, of its sink or of this object, or the Refusal it ended in."""
@@ -46,6 +48,17 @@ class EngineHost:
         self._layout = layout or self._layout  # the same object every time, so that the engine knows it again
         return cast("DirectSink", self._sink).pull(self._layout, memory, rows)
 
+    def links(self) -> bool:
+        """Whether the engine's ranks receive weights from the trainer's."""
+        return isinstance(self._sink, LinkedSink)
+
+    def expect(self, seat: Seat | None) -> None:
+        """As the sink's; without a seat, the one of before."""
+        self._seat = seat or self._seat
+        if self._seat is None:
+            raise SyncError("the engine was given no seat in a weight transfer")
+        cast("LinkedSink", self._sink).expect(self._seat)
+
     def sleep(self, keep_weights: bool) -> None:
         """As the engine's."""
         if not isinstance(self._engine, SupportsSleep):
@@ -57,9 +70,9 @@ class EngineHost:
         self._engine.close()
 
     def _owner(self, method: str) -> object:
-        if method in ("pulls", "pull", "sleep"):
+        if method in ("pulls", "pull", "links", "expect", "sleep"):
             return self
-        if method in ("begin", "load", "commit", "layouts", "devices"):
+        if method in ("begin", "load", "commit", "layouts", "devices", "receive"):
             return self._sink
         background = ("submit", "poll", "abort", "pause", "resume")
         if method in background and not isinstance(self._engine, SupportsAsyncGenerate):

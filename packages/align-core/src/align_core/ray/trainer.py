@@ -1,7 +1,6 @@
 """A Megatron model over several worker processes, one rank each, as one `Trainer` in the driver."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -16,7 +15,7 @@ from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
 from align_core.ray.crossing import CrossingSource
 from align_core.ray.shared import reachable
-from align_core.ray.source import DirectWorkersSource, SharedMemorySource
+from align_core.ray.source import DirectWorkersSource, LinkedWorkersSource, SharedMemorySource
 from align_core.ray.workers import WorkerGroup
 from align_core.types import Batch
 
@@ -44,7 +43,7 @@ class RayTrainer:
             make_rank: what to run in each worker instead of a rank of Megatron.
         """
         self._workers = workers
-        self._source: WeightSource | None = None
+        self._source: LinkedWorkersSource | None = None
         self._several_nodes = several_nodes
         self._on_gpus = all(place.gpus for place in workers.processes.places) and config.training.device != "cpu"
         nodes = len({place.node_id for place in workers.processes.places})
@@ -69,6 +68,7 @@ class RayTrainer:
 
     def step(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         """See `align_core.contracts.Trainer`."""
+        self._before_change()
         metrics: Mapping[str, float] = self._first("step", batch, loss)
         return metrics
 
@@ -78,10 +78,13 @@ class RayTrainer:
         return metrics
 
     def weights(self) -> WeightSource:
-        """The weights where GPUs hold them; else a file in shared memory that each rank writes its own part of."""
+        """The weights where GPUs hold them, over links, or in a file that each rank writes its own part of."""
         if self._source is None:
-            host = (CrossingSource if self._several_nodes else SharedMemorySource)(self._workers)
-            self._source = DirectWorkersSource(self._workers, host) if self._on_gpus else host
+            self._source = (DirectWorkersSource if self._on_gpus else LinkedWorkersSource)(
+                self._workers,
+                partial(CrossingSource if self._several_nodes else SharedMemorySource, self._workers),
+                several_nodes=self._several_nodes,
+            )
         return self._source
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
@@ -94,6 +97,7 @@ class RayTrainer:
 
     def load(self, path: Path) -> Mapping[str, str]:
         """See `align_core.contracts.Trainer`."""
+        self._before_change()
         state: Mapping[str, str] = self._first("load", path)
         return state
 
@@ -115,6 +119,10 @@ class RayTrainer:
         if self._meeting.startswith("file://"):
             shutil.rmtree(Path(self._meeting.removeprefix("file://")).parent, ignore_errors=True)
 
+    def _before_change(self) -> None:
+        if self._source is not None:
+            self._source.before_change()
+
     def _first(self, method: str, *arguments: object) -> Any:
         with ExitStack() as stack:
             shared = [
@@ -131,17 +139,15 @@ class RayTrainer:
 
 def _open_meeting(nodes: int) -> str:
     """Runs on rank 0."""
-    if nodes == 1:
-        return f"file://{tempfile.mkdtemp(prefix='align-ranks-')}/store"
-    from align_core.megatron.rendezvous import open_port  # noqa: PLC0415
+    from align_core.transfer.rendezvous import open_meeting  # noqa: PLC0415
 
-    return open_port(ray.util.get_node_ip_address())
+    return open_meeting(ray.util.get_node_ip_address() if nodes > 1 else "")
 
 
 def _make_rank(config: TrainerConfig, rank: int, meeting: str, timeout_s: float) -> Any:
     from align_core.megatron.parallel import init_rank  # noqa: PLC0415
-    from align_core.megatron.rendezvous import join_meeting  # noqa: PLC0415
     from align_core.megatron.trainer import MegatronTrainer  # noqa: PLC0415
+    from align_core.transfer.rendezvous import join_meeting  # noqa: PLC0415
 
     world = config.parallel.world_size
     context = init_rank(

@@ -64,7 +64,14 @@ class Collector:
 
     def _send(self, engine: RolloutEngine, policy: Model, *, version: int) -> None:
         self._turns.for_weights_of(policy)
-        synchronise(policy.weights(), engine.weight_sink(), version=version, verify=self._config.engine.verify)
+        chosen = self._config.engine
+        synchronise(
+            policy.weights(),
+            engine.weight_sink(),
+            version=version,
+            verify=chosen.verify,
+            transport=chosen.transport,
+        )
         self._turns.for_engine()
 
     def _evaluate(self, engine: RolloutEngine, version: int) -> dict[str, float]:

@@ -2,18 +2,20 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.config import Verify
-from align_core.contracts import DirectSink, DirectSource, WeightSink, WeightSource
-from align_core.errors import SyncError
-from align_core.transfer.rectangles import Rows, check_sums
+from align_core.config import Transport, Verify
+from align_core.contracts import DirectSink, DirectSource, LinkedSink, LinkedSource, WeightSink, WeightSource
+from align_core.errors import AlignError, ConfigError, SyncError
+from align_core.transfer.rectangles import Part, Pulled, Rows, check_sums
 from align_core.types import Completion, chunked
 
+Way = Literal["memory", "links", "host"]
 _CHUNK_BYTES = 64 << 20  # small enough to overlap, large enough that a 7B model takes a few hundred calls
 
 
@@ -21,39 +23,47 @@ _CHUNK_BYTES = 64 << 20  # small enough to overlap, large enough that a 7B model
 class SyncReport:
     """What one weight update cost."""
 
+    way: Way
+    """Which one the weights took."""
     bytes: int
     """Of all weights, once."""
     seconds: Mapping[str, float]
-    """`total` and its parts `begin`, `send` and `commit`. On the direct way also `offer` (the trainer's part),
-    `compare` (of checksums), and of `send` what the slowest engine took to `open` that memory, `copy` and `sum`."""
+    """`total` and its parts `begin`, `send` and `commit`. Unless it went through the host also `offer` (what precedes),
+    `compare` (of checksums), and of `send` what the slowest engine took to `open` the trainer's memory, `copy` and
+    `sum`, or to `join` the trainer's ranks, `receive` and `sum`."""
 
 
 def synchronise(
-    source: WeightSource, sink: WeightSink, *, version: int, verify: Verify = "sampled", direct: bool = True
+    source: WeightSource,
+    sink: WeightSink,
+    *,
+    version: int,
+    verify: Verify = "sampled",
+    transport: Transport = "auto",
 ) -> SyncReport:
     """After this the engine answers with the trainer's current weights, under `version`.
 
-    Where the engine can read the trainer's memory it does, and what it then holds is compared with what the trainer
-    holds by checksums that each computes on its device. Otherwise the weights go through the host's memory, every byte
-    checked on arrival.
+    Where the engine can read the trainer's GPUs it does; where both have GPUs of their own, each rank of the trainer
+    sends its parts to the ranks of the engines that need them. What the engines then hold is compared with what the
+    trainer holds by checksums that each computes on its device. Otherwise the weights go through the host's memory,
+    every byte checked on arrival.
 
     Args:
-        verify: on the direct way, which rows of each weight the checksums cover.
-        direct: False goes through the host's memory even where the direct way is open.
+        verify: on the first two ways, which rows of each weight the checksums cover.
+        transport: see `EngineConfig.transport`.
     Raises:
         SyncError: a weight is missing, unknown, misshapen or damaged on the way; it is named.
+        ConfigError: `transport` is a way that is not open.
     """
     started = time.perf_counter()
     metadata = source.metadata()
+    way = _way(source, sink, transport)
     sink.begin(metadata, version)
     seconds = {"begin": time.perf_counter() - started}
-    if (
-        direct
-        and isinstance(source, DirectSource)
-        and isinstance(sink, DirectSink)
-        and source.devices() <= sink.devices()
-    ):
+    if isinstance(source, DirectSource) and isinstance(sink, DirectSink) and way == "memory":
         seconds |= _pull(source, sink, version=version, verify=verify)
+    elif isinstance(source, LinkedSource) and isinstance(sink, LinkedSink) and way == "links":
+        seconds |= _send(source, sink, version=version, verify=verify)
     else:
         sent = time.perf_counter()
         for chunk in chunked(source.iterate(), chunk_bytes=_CHUNK_BYTES):
@@ -62,12 +72,41 @@ def synchronise(
     committed = time.perf_counter()
     sink.commit()
     seconds |= {"commit": time.perf_counter() - committed, "total": time.perf_counter() - started}
-    return SyncReport(bytes=sum(meta.nbytes for meta in metadata), seconds=seconds)
+    return SyncReport(way=way, bytes=sum(meta.nbytes for meta in metadata), seconds=seconds)
+
+
+def _way(source: WeightSource, sink: WeightSink, asked: Transport) -> Way:
+    """The way that `asked` means here."""
+    reads = isinstance(source, DirectSource) and isinstance(sink, DirectSink) and source.devices() <= sink.devices()
+    if asked == "host":
+        return "host"
+    if reads and asked in ("auto", "memory"):
+        return "memory"
+    if asked == "memory":
+        raise ConfigError(
+            "engine.transport is 'memory', but the engine cannot read the trainer's weights where they are; that takes "
+            "one replica of vLLM that sees all of the trainer's GPUs: use 'auto'"
+        )
+    if not (isinstance(source, LinkedSource) and isinstance(sink, LinkedSink)):
+        if asked == "auto":
+            return "host"
+        raise ConfigError(
+            "engine.transport is 'links', but these do not send from rank to rank: it takes the engine 'vllm' and a "
+            "trainer, both in processes of their own (cluster.in_process false); use 'auto'"
+        )
+    trainer, engines = source.devices(), sink.devices()
+    apart = not trainer & engines and bool(trainer) == bool(engines)
+    if asked == "links" and not apart:
+        raise ConfigError(
+            "engine.transport is 'links', but trainer and engines share GPUs, or one of them has none, and NCCL takes "
+            "one rank a GPU; set cluster.placement to 'disaggregated', or engine.transport to 'auto'"
+        )
+    return "links" if asked == "links" or (trainer and apart) else "host"  # on CPU shared memory is faster
 
 
 def _pull(source: DirectSource, sink: DirectSink, *, version: int, verify: Verify) -> dict[str, float]:
     """Has the engine fetch the weights while the trainer sums its own; seconds by phase."""
-    rows = {"sampled": Rows.sampled(version), "full": Rows(), "off": None}[verify]
+    rows = _rows(verify, version)
     started = time.perf_counter()
     sink.remember(source)
     memory = source.memory()
@@ -77,15 +116,63 @@ def _pull(source: DirectSource, sink: DirectSink, *, version: int, verify: Verif
         pulled = sink.pull(source.layout(), memory, rows)
         sent = summing.result() if summing else []
     fetched = time.perf_counter()
-    for engine, layout in zip(pulled, sink.layouts(), strict=True) if rows else ():
+    _compare(sent, pulled, sink.layouts() if rows else (), version=version)
+    return {"offer": offered - started, "send": fetched - offered, **_slowest(pulled), "compare": _since(fetched)}
+
+
+def _send(source: LinkedSource, sink: LinkedSink, *, version: int, verify: Verify) -> dict[str, float]:
+    """Has the trainer's ranks send while the engines' receive; seconds by phase."""
+    rows = _rows(verify, version)
+    started = time.perf_counter()
+    sink.remember(source)
+    layouts = sink.layouts()
+    sink.expect(source.seat(layouts))
+    expected = time.perf_counter()
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        sending = beside.submit(source.send, rows)
+        try:
+            received = sink.receive(rows)
+        except AlignError as lost:
+            _blame(sending, lost)
+            raise
+        sent = sending.result()
+    arrived = time.perf_counter()
+    _compare(sent, received, layouts if rows else (), version=version)
+    return {"offer": expected - started, "send": arrived - expected, **_slowest(received), "compare": _since(arrived)}
+
+
+def _blame(sending: "Future[Any]", lost: AlignError) -> None:
+    """Raises the trainer's error instead of the engines' `lost`, if it was not the trainer that lost the engines.
+
+    A rank that died, or failed for a reason of its own, is what the engines waited for in vain.
+    """
+    error = sending.exception()
+    if error is not None and isinstance(lost, SyncError) and not isinstance(error, SyncError):
+        raise error from lost
+
+
+def _rows(verify: Verify, version: int) -> Rows | None:
+    return {"sampled": Rows.sampled(version), "full": Rows(), "off": None}[verify]
+
+
+def _compare(
+    sent: Sequence[Mapping[str, int]],
+    engines: Sequence[Pulled],
+    layouts: Sequence[Sequence[Sequence[Part]]],
+    *,
+    version: int,
+) -> None:
+    """Checks each engine that has a layout; SyncError names the weights that differ."""
+    for engine, layout in zip(engines, layouts, strict=bool(layouts)):
         check_sums(sent, engine.sums, layout, version=version)
-    inside = {phase: max(engine.seconds[phase] for engine in pulled) for phase in pulled[0].seconds}
-    return {
-        "offer": offered - started,
-        "send": fetched - offered,
-        **inside,
-        "compare": time.perf_counter() - fetched,
-    }
+
+
+def _slowest(engines: Sequence[Pulled]) -> dict[str, float]:
+    return {phase: max(engine.seconds[phase] for engine in engines) for phase in engines[0].seconds}
+
+
+def _since(moment: float) -> float:
+    return time.perf_counter() - moment
 
 
 def check_versions(completions: Sequence[Completion], *, version: int) -> None:
