@@ -1,11 +1,13 @@
 """The server over the fake engine: who may ask, OpenAI's form, many at once, weights that are checked as anywhere."""
 
 import json
+import socket
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from align_core.config import EngineConfig
 from align_core.types import shared_memory
 from align_rollout.fake import ArrayWeights, FakeEngine
+from align_rollout.forms import GrowingText
 from align_rollout.server import RolloutServer, make_server
 
 _LETTERS = "abcdefgh"
@@ -95,7 +98,8 @@ def test_without_the_token_nothing_is_answered_but_health(server: RolloutServer)
     [
         ({}, "prompt"),
         ({"prompt": "a", "max_tokens": 99}, "leaves no room"),
-        ({"prompt": "a", "stream": True}, "answers come whole"),
+        ({"prompt": "a", "stream": True, "max_tokens": 99}, "leaves no room"),
+        ({"prompt": [900], "max_tokens": 2, "stream": True}, "vocabulary"),
         ({"prompt": [900], "max_tokens": 2}, "vocabulary"),
     ],
 )
@@ -103,6 +107,82 @@ def test_bad_requests_say_why(server: RolloutServer, body: dict[str, Any], messa
     status, answer = ask(server, "/v1/completions", body)
     assert status == 400
     assert message in answer["error"]["message"]
+
+
+def events(server: RolloutServer, path: str, body: dict[str, Any]) -> list[Any]:
+    """The data of each server-sent event, as they stand in the answer."""
+    address = f"http://127.0.0.1:{server.server_address[1]}{path}"
+    request = urllib.request.Request(
+        address, data=json.dumps({**body, "stream": True}).encode(), headers={"Authorization": "Bearer secret"}
+    )
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        lines = answer.read().decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def test_a_stream_says_token_by_token_what_the_whole_answer_says(server: RolloutServer) -> None:
+    body = {"prompt": ["ab", "c"], "max_tokens": 5, "temperature": 0.0, "stop": "h"}
+    whole = ask(server, "/v1/completions", body)[1]
+    found = events(server, "/v1/completions", {**body, "stream_options": {"include_usage": True}})
+    assert found[-1]["choices"] == []
+    assert found[-1]["usage"] == whole["usage"]
+    assert {event["object"] for event in found} == {"text_completion"}
+    assert len({event["id"] for event in found}) == 1
+    for choice in whole["choices"]:
+        mine = [event["choices"][0] for event in found[:-1] if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(each["text"] for each in mine) == choice["text"]
+        assert [token for each in mine for token in each["token_ids"]] == choice["token_ids"]
+        assert [each["finish_reason"] for each in mine] == [None] * (len(mine) - 1) + [choice["finish_reason"]]
+        assert len(mine) == len(choice["token_ids"])
+
+
+def test_a_chat_stream_begins_with_the_role(server: RolloutServer) -> None:
+    server.service._tokenizer.encode_prompt = lambda text: [0, 1]  # type: ignore[method-assign]
+    body = {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 2, "temperature": 0}
+    found = [event["choices"][0] for event in events(server, "/v1/chat/completions", body)]
+    assert found[0]["delta"] == {"role": "assistant", "content": ""}
+    assert [each["delta"].get("content") for each in found[1:]] == ["c", "d"]
+    assert [each["finish_reason"] for each in found] == [None, None, "length"]
+
+
+def test_a_character_of_several_tokens_is_said_when_it_is_whole() -> None:
+    """Two tokens a character; a tokenizer writes half a character as U+FFFD."""
+
+    class Halves:
+        directory = Path("halves")
+
+        def decode(self, ids: Sequence[int]) -> str:
+            pairs = [ids[i : i + 2] for i in range(0, len(ids), 2)]
+            return "".join("\u00fc" if len(pair) == 2 else "\ufffd" for pair in pairs)
+
+    text = GrowingText(Halves())  # type: ignore[arg-type]
+    said = [text.add([token], finish_reason=None) for token in range(5)]
+    assert said == ["", "\u00fc", "", "\u00fc", ""]
+    assert text.add([], finish_reason="length") == "\ufffd"
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_hangs_up_ends_its_request(server: RolloutServer, streams: bool) -> None:
+    """Paused, so that the request cannot end by itself; the other client's goes on."""
+    engine: Any = server.service._engine
+    engine.pause()
+    body = json.dumps({"prompt": "a", "max_tokens": 60, "stream": streams}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_address[1])) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nAuthorization: Bearer secret\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        wait_for(lambda: len(engine._stream._running) == 1)
+    wait_for(lambda: not engine._stream._running)
+    engine.resume()
+    assert ask(server, "/v1/completions", {"prompt": "a", "max_tokens": 2, "temperature": 0})[0] == 200
+
+
+def wait_for(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_many_clients_at_once_each_get_their_own(server: RolloutServer) -> None:

@@ -13,9 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align_core.config import EngineConfig, InFlight, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink, WeightSource
+from align_core.contracts import (
+    RolloutEngine,
+    SupportsAsyncGenerate,
+    SupportsSleep,
+    SupportsTokenStream,
+    WeightSink,
+    WeightSource,
+)
 from align_core.errors import CheckpointError, SyncError
-from align_core.types import Completion, ParamMeta, Prompt, WeightChunk, WeightTensor, checksum
+from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightChunk, WeightTensor, checksum
 from align_rollout.checkpoint import read_config, read_eos_ids
 from align_rollout.sampling import check_prompts
 from align_rollout.stream import Delta, Request, Stream, no_decoder
@@ -91,6 +98,10 @@ class FakeEngine:
     def resume(self) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
         self._stream.resume()
+
+    def listen(self, listener: Callable[[Piece], None] | None) -> None:
+        """See `align_core.contracts.SupportsTokenStream`."""
+        self._stream.listen(listener)
 
     def sleep(self, *, keep_weights: bool = True) -> None:
         """See `align_core.contracts.SupportsSleep`."""
@@ -256,3 +267,4 @@ _streams: type[SupportsAsyncGenerate] = FakeEngine
 _sleeps: type[SupportsSleep] = FakeEngine
 _sink_conforms: type[WeightSink] = _FakeSink
 _source_conforms: type[WeightSource] = ArrayWeights
+_follows: type[SupportsTokenStream] = FakeEngine

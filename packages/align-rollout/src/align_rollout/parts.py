@@ -68,14 +68,15 @@ def _held(layer: Any, kind: str, place: int, shape: tuple[int, ...]) -> tuple[In
         indices = layer.shard_indices
         rows = (indices.org_vocab_start_index, indices.org_vocab_end_index)
         return ((rows, *whole(shape[1:])) if shape else ()), True
-    return whole(shape), _world_rank() == 0
+    return whole(shape), world_rank() == 0
 
 
 def _rows(shape: tuple[int, ...], turn: int, rows: int) -> Index:
     return ((turn * rows, (turn + 1) * rows), *whole(shape[1:])) if shape else ()
 
 
-def _world_rank() -> int:
+def world_rank() -> int:
+    """Which of its engine's workers this is."""
     from vllm.distributed import get_tensor_model_parallel_rank  # noqa: PLC0415
 
     return int(get_tensor_model_parallel_rank())

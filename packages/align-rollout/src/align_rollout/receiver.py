@@ -1,34 +1,69 @@
 """The part of a weight update that runs inside each vLLM worker: takes hold of weights, then puts them in the model.
 
-vLLM adds this class to its worker (`worker_extension_cls`), so `self` has the worker's attributes too. Two ways in:
+vLLM adds this class to its worker (`worker_extension_cls`), so `self` has the worker's attributes too. Three ways in:
 whole weights from the host's memory are staged and loaded by vLLM's own reload; parts are copied from a trainer's
-tensors on the same device straight into the model's. Knows nothing of versions.
+tensors on the same device straight into the model's, or come from the trainer's ranks. Knows nothing of versions.
 """
 
+import dataclasses
+import functools
 import gc
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from align_core.errors import SyncError
+from align_core.errors import AlignError, SyncError
 from align_core.transfer.rectangles import Copy, Part, Rows, copies, slices
+from align_core.transfer.seats import Seat
 from align_core.types import ParamMeta, WeightTensor
-from align_rollout.parts import model_parts
+from align_rollout.parts import model_parts, world_rank
 
 if TYPE_CHECKING:
     import torch
 
     from align_core.transfer.checksums import PartSums
+    from align_core.transfer.ends import LinkEnd
+
+
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """An error of ours as an answer: raised, or as itself, it would reach the engine as text of vLLM's."""
+
+    error: AlignError
+
+
+def _answered(method: Callable[P, R]) -> Callable[P, R | Refused]:
+    @functools.wraps(method)
+    def answer(*arguments: P.args, **named: P.kwargs) -> R | Refused:
+        try:
+            return method(*arguments, **named)
+        except AlignError as error:
+            return Refused(error=error)
+
+    return answer
+
+
+Arrived = tuple[dict[str, int], dict[str, float]]
+"""The checksums of what a worker now holds of each weight, and seconds by phase."""
 
 
 class WeightReceiver:
-    """Methods that `collective_rpc` calls by name; the prefix keeps them apart from vLLM's own."""
+    """Methods that `collective_rpc` calls by name; the prefix keeps them apart from vLLM's own.
+
+    Those that may refuse answer with a `Refused`.
+    """
 
     model_runner: Any
     reload_weights: Callable[..., None]
 
+    @_answered
     def align_stage(self, weights: list[WeightTensor]) -> None:
         """Maps `weights` and holds on to them; a mapped file may be deleted from now on."""
         staged = self._align().staged
@@ -39,6 +74,7 @@ class WeightReceiver:
         """Lets go of what was staged."""
         self._align().staged.clear()
 
+    @_answered
     def align_commit(self) -> None:
         """Loads everything staged into the model, in place, and lets go of it."""
         staged = self._align().staged
@@ -58,6 +94,7 @@ class WeightReceiver:
         gc.collect()
         torch.cuda.empty_cache()
 
+    @_answered
     def align_parts(self, expected: Sequence[ParamMeta]) -> list[Part]:
         """Which parts of which weights this worker holds."""
         own = self._align()
@@ -68,14 +105,14 @@ class WeightReceiver:
         own.parts = parts
         return parts
 
+    @_answered
     def align_connect(self, layout: Sequence[Sequence[Part]]) -> None:
         """Learns who of the trainer's ranks holds what."""
         own = self._align()
         own.copies = copies(layout, own.parts)
 
-    def align_pull(
-        self, memory: Sequence[Mapping[str, object]], rows: Rows | None
-    ) -> tuple[dict[str, int], dict[str, float]]:
+    @_answered
+    def align_pull(self, memory: Sequence[Mapping[str, object]], rows: Rows | None) -> Arrived:
         """Copies this worker's parts from the trainer's memory; returns their checksums, and seconds by phase."""
         own = self._align()
         clock = _Clock()
@@ -88,6 +125,38 @@ class WeightReceiver:
         sums = own.sums().compute(targets, rows) if rows else {}
         clock.lap("sum")
         return sums, clock.seconds
+
+    @_answered
+    def align_expect(self, seat: Seat | None, dtypes: frozenset[str]) -> None:
+        """Sits down where the trainer's ranks will send to, `seat` being that of the first worker; waits for nobody."""
+        own = self._align()
+        model = self.model_runner.get_model()
+        held = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if dtypes != {held}:
+            raise SyncError(
+                f"weights are {', '.join(sorted(dtypes))} in the trainer and {held} in the engine; set engine.dtype to "
+                "training.dtype"
+            )
+        if seat is not None:
+            own.end().sit(dataclasses.replace(seat, rank=seat.rank + world_rank()))
+
+    @_answered
+    def align_receive(self, rows: Rows | None) -> Arrived:
+        """Fills this worker's parts with what the trainer's ranks send; see `align_pull`."""
+        own = self._align()
+        clock = _Clock()
+        own.end().join()
+        clock.lap("join")
+        targets = own.targets(self.model_runner.get_model())
+        own.end().receive(targets)
+        clock.lap("receive")
+        sums = own.sums().compute(targets, rows) if rows else {}
+        clock.lap("sum")
+        return sums, clock.seconds
+
+    def align_leave(self) -> None:
+        """Leaves the trainer's ranks."""
+        self._align().end().close()
 
     def _align(self) -> "_Own":
         # Not in __init__: vLLM adds this class to the bases of a worker class that does not call it.
@@ -104,6 +173,15 @@ class _Own:
         self.parts: list[Part] = []
         self.copies: list[Copy] = []
         self._sums: PartSums | None = None
+        self._end: LinkEnd | None = None
+
+    def end(self) -> "LinkEnd":
+        """This worker's end of the links to a trainer."""
+        from align_core.transfer.ends import LinkEnd  # noqa: PLC0415  (brings torch)
+
+        if self._end is None:
+            self._end = LinkEnd()
+        return self._end
 
     def packs(self, model: Any) -> bool:
         """Whether layers keep their weights in another form than the parameter's (vLLM on CPU)."""

@@ -4,16 +4,16 @@ Each request has a cache of its own and is advanced one token at a time, so that
 Shape letters: V vocabulary.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, WeightSink
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsTokenStream, WeightSink
 from align_core.errors import ConfigError, MissingDependencyError, SyncError
 from align_core.text import load_tokenizer
-from align_core.types import Completion, ParamMeta, Prompt, WeightChunk
+from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightChunk
 from align_rollout.checkpoint import read_model
 from align_rollout.receiver import as_tensor
 from align_rollout.sampling import check_prompts
@@ -93,6 +93,10 @@ class TransformersEngine:
     def resume(self) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
         self._stream.resume()
+
+    def listen(self, listener: Callable[[Piece], None] | None) -> None:
+        """See `align_core.contracts.SupportsTokenStream`."""
+        self._stream.listen(listener)
 
     def weight_sink(self) -> WeightSink:
         """The one sink of this engine."""
@@ -237,3 +241,4 @@ def _draw(logits_V: "torch.Tensor", sampling: SamplingConfig, generator: "torch.
 _conforms: type[RolloutEngine] = TransformersEngine
 _streams: type[SupportsAsyncGenerate] = TransformersEngine
 _takes: type[WeightSink] = _Sink
+_follows: type[SupportsTokenStream] = TransformersEngine

@@ -17,7 +17,7 @@ import numpy as np
 
 from align_core.config import InFlight, SamplingConfig
 from align_core.errors import ConfigError, DataError, SyncError
-from align_core.types import Completion, FinishReason, Prompt
+from align_core.types import Completion, FinishReason, Piece, Prompt
 from align_rollout.sampling import completion_seed
 from align_rollout.stopping import StopTexts
 
@@ -125,6 +125,11 @@ class Stream:
         self._paused = self._held = self._closed = False
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._listener: Callable[[Piece], None] | None = None
+
+    def listen(self, listener: Callable[[Piece], None] | None) -> None:
+        """See `align_core.contracts.SupportsTokenStream`."""
+        self._listener = listener
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         """See `align_core.contracts.RolloutEngine`; requests in the background move on meanwhile."""
@@ -175,6 +180,8 @@ class Stream:
             chosen = None if prompt_ids is None else set(prompt_ids)
             states = [s for s in self._running.values() if chosen is None or s.request.prompt.id in chosen]
             self._forget([state.request.key for state in states])
+            for state in states:
+                self._tell(state, start=len(state.tokens), reason="abort")
             self._deliver([state.completion("abort", self._version()) for state in states])
 
     def pause(self) -> None:
@@ -276,7 +283,7 @@ class Stream:
                 sample=sample,
                 sampling=sampling,
                 max_tokens=prompt.max_tokens or sampling.max_tokens,
-                seed=completion_seed(seed=sampling.seed, prompt_id=prompt.id, sample=sample),
+                seed=completion_seed(seed=sampling.seed, prompt_id=_seed_id(prompt), sample=sample),
                 at_once=at_once,
             )
             for prompt in prompts
@@ -304,7 +311,9 @@ class Stream:
             state = self._running.get(delta.key)
             if state is None:
                 continue
+            start = len(state.tokens)
             reason = state.extend(delta, self._version())
+            self._tell(state, start=start, reason=reason)
             if reason is not None:
                 del self._running[delta.key]
                 ended.append((delta.key, state.completion(reason, self._version())))
@@ -314,10 +323,28 @@ class Stream:
             self._stepper.abort(stopped)
         return ended
 
+    def _tell(self, state: _State, *, start: int, reason: FinishReason | None) -> None:
+        """The listener hears of the tokens from `start` on."""
+        if self._listener is None or state.request.at_once:
+            return
+        piece = Piece(
+            prompt_id=state.request.prompt.id,
+            sample=state.request.sample,
+            tokens=tuple(state.tokens[start:]),
+            logprobs=tuple(state.logprobs[start:]),
+            version=self._version(),
+            finish_reason=reason,
+        )
+        self._listener(piece)
+
     def _forget(self, keys: Sequence[str]) -> None:
         self._stepper.abort(keys)
         for key in keys:
             del self._running[key]
+
+
+def _seed_id(prompt: Prompt) -> int:
+    return prompt.id if prompt.seed_id is None else prompt.seed_id
 
 
 def no_decoder() -> Callable[[Sequence[int]], str]:

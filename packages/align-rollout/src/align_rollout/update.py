@@ -27,6 +27,11 @@ class PendingUpdate:
         self._arrived: set[str] = set()
         _check_announcement({meta.name: meta for meta in expected}, announced)
 
+    @property
+    def dtypes(self) -> frozenset[str]:
+        """In which the weights come."""
+        return frozenset(meta.dtype for meta in self._announced.values())
+
     def check(self, chunk: WeightChunk) -> None:
         """Raises SyncError if a weight was not announced so, came before, or its checksum differs; records nothing."""
         names: set[str] = set()

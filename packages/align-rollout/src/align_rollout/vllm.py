@@ -5,16 +5,16 @@ Text is none of its business: no tokenizer is loaded.
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, SupportsTokenStream, WeightSink
 from align_core.errors import ConfigError
 from align_core.text import load_tokenizer
-from align_core.types import ITEM_BYTES, Completion, ParamMeta, Prompt
+from align_core.types import ITEM_BYTES, Completion, ParamMeta, Piece, Prompt
 from align_rollout import environment
 from align_rollout.checkpoint import ModelFacts, read_model
 from align_rollout.sampling import check_prompts
@@ -132,6 +132,10 @@ class VllmEngine:
     def resume(self) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
         self._stream.resume()
+
+    def listen(self, listener: Callable[[Piece], None] | None) -> None:
+        """See `align_core.contracts.SupportsTokenStream`."""
+        self._stream.listen(listener)
 
     def _check(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         self._sink.check_answerable()
@@ -254,3 +258,4 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
 _conforms: type[RolloutEngine] = VllmEngine
 _sleeps: type[SupportsSleep] = VllmEngine
 _streams: type[SupportsAsyncGenerate] = VllmEngine
+_follows: type[SupportsTokenStream] = VllmEngine

@@ -2,7 +2,8 @@
 
 Through `load` the old weights answer every request until `commit` returns: `load` only checks bytes and has the workers
 map them, and `commit` reloads the model in place, by vLLM's own layer-wise reload, between two calls of `generate`.
-Through `pull` the workers copy from a trainer's tensors straight over the old weights.
+Through `pull` the workers copy from a trainer's tensors straight over the old weights, through `receive` from what the
+trainer's ranks send them.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from align_core.contracts import DirectSink, DirectSource, WeightSink
+from align_core.contracts import DirectSink, DirectSource, LinkedSink, LinkedSource, WeightSink
 from align_core.errors import SyncError
 from align_core.transfer.rectangles import Part, Pulled, Rows
+from align_core.transfer.seats import Seat
 from align_core.types import ParamMeta, WeightChunk, WeightTensor, shared_memory
+from align_rollout.receiver import Arrived, Refused
 from align_rollout.update import PendingUpdate, check_version
 
 _log = logging.getLogger(__name__)
@@ -69,6 +72,7 @@ class VllmWeightSink:
         self._pending: PendingUpdate | None = None
         self._parts: list[list[Part]] = []
         self._connected: Sequence[Sequence[Part]] | None = None
+        self._seat: Seat | None = None
 
     def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
         """Announces `version`; an unfinished update before it is dropped."""
@@ -84,7 +88,7 @@ class VllmWeightSink:
         pending = self._announced()
         pending.check(chunk)
         with self._reachable(chunk) as reachable:
-            self._llm.collective_rpc("align_stage", args=(reachable,))
+            self._workers("align_stage", reachable)
         pending.record(chunk)
 
     def commit(self) -> None:
@@ -94,7 +98,7 @@ class VllmWeightSink:
         self._pending = None
         started = time.perf_counter()
         self._change(pending)
-        self._llm.collective_rpc("align_commit")
+        self._workers("align_commit")
         # Requests under way lose their keys and values and compute them again: the old ones are of the old weights.
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
@@ -103,7 +107,7 @@ class VllmWeightSink:
         self._release()
         _log.info("weights of version %d are live after %.2f s", self.version, time.perf_counter() - started)
 
-    def remember(self, source: DirectSource) -> None:
+    def remember(self, source: DirectSource | LinkedSource) -> None:
         """Nothing to do: an engine in this process is lost only with the process."""
 
     def devices(self) -> frozenset[str]:
@@ -115,7 +119,7 @@ class VllmWeightSink:
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
         """Of this one engine, of each worker, which parts of which weights it holds."""
         if not self._parts:
-            self._parts = self._llm.collective_rpc("align_parts", args=(self._expected,))
+            self._parts = self._workers("align_parts", self._expected)
         return [self._parts]
 
     def pull(
@@ -125,10 +129,27 @@ class VllmWeightSink:
         pending = self._announced()
         if layout is not self._connected:
             self.layouts()
-            self._llm.collective_rpc("align_connect", args=(layout,))
+            self._workers("align_connect", layout)
             self._connected = layout
         self._change(pending)
-        found = self._llm.collective_rpc("align_pull", args=(memory, rows))
+        return self._arrived(pending, self._workers("align_pull", memory, rows))
+
+    def expect(self, seat: Seat) -> None:
+        """Gets the workers ready to receive from the trainer's ranks, and stops what is under way."""
+        pending = self._announced()
+        news = None if seat is self._seat else seat
+        self.layouts()
+        self._workers("align_expect", news, pending.dtypes)
+        self._seat = seat
+        self._hold()
+
+    def receive(self, rows: Rows | None) -> Sequence[Pulled]:
+        """Receives the announced weights, over the old ones where layers allow it."""
+        pending = self._announced()
+        self._change(pending)
+        return self._arrived(pending, self._workers("align_receive", rows))
+
+    def _arrived(self, pending: PendingUpdate, found: Sequence[Arrived]) -> list[Pulled]:
         pending.record_all()
         slowest = {phase: max(times[phase] for _, times in found) for phase in found[0][1]}
         return [Pulled(sums=[sums for sums, _ in found], seconds=slowest)]
@@ -176,8 +197,19 @@ class VllmWeightSink:
     def close(self) -> None:
         """Lets go of the engine; nothing can be loaded after it."""
         self._pending = None
+        if self._seat is not None and self._llm is not None:
+            self._llm.collective_rpc("align_leave")
+            self._seat = None
         self._llm = None
         self._broken = "it is closed; start another"
+
+    def _workers(self, method: str, *arguments: Any) -> list[Any]:
+        """Every worker's answer; raises the first error of ours among them."""
+        found: list[Any] = self._llm.collective_rpc(method, args=arguments)
+        for answer in found:
+            if isinstance(answer, Refused):
+                raise answer.error
+        return found
 
     def _change(self, pending: PendingUpdate) -> None:
         """From here until the commit is done, the engine holds no whole version."""
@@ -206,3 +238,4 @@ class VllmWeightSink:
 
 _conforms: type[WeightSink] = VllmWeightSink
 _pulls: type[DirectSink] = VllmWeightSink
+_receives: type[LinkedSink] = VllmWeightSink
