@@ -1,4 +1,4 @@
-"""Training throughput of the Megatron trainer on one GPU: the Llama-2-7B shape, random weights, packed sequences.
+"""Training throughput of the Megatron trainer on one GPU: Llama-2-7B and 13B shapes, random weights, packed sequences.
 
     python benchmarks/training.py --out DIR [--budget 200] [--only NAME ...]
     python benchmarks/training.py --out DIR --device cpu --tiny          # does the script itself work
@@ -33,6 +33,16 @@ SHAPE = {  # Llama-2-7B
     "rms_norm_eps": 1e-5,
     "torch_dtype": "bfloat16",
 }
+SHAPES = {
+    "7b": SHAPE,
+    "13b": {
+        **SHAPE,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+    },
+}
 TINY = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -48,6 +58,8 @@ class Variant:
     """One setting to time."""
 
     name: str
+    shape: str = "7b"
+    """Width of the layers: `7b` or `13b` (Llama 2)."""
     layers: int = 8
     loss: str = "sft"
     """`sft`, `dpo` (reference log-probs given), `logprobs` (forward only)."""
@@ -59,22 +71,32 @@ class Variant:
     micro_batch: int = 2
     """Sequences in a micro-batch."""
     recompute: str = "none"
+    """`full`, or the modules of selective recompute with + between them."""
     steps: int = 3
     warmup: int = 1
     profile: bool = False
 
 
+# The most telling first: what does not fit into the budget falls off the end.
 VARIANTS = [
-    Variant(name="sft-8-layers"),
-    Variant(name="sft-8-layers-micro-4", micro_batch=4),
-    Variant(name="sft-8-layers-micro-1", micro_batch=1),
     Variant(name="sft-16-layers", layers=16, profile=True),
     Variant(name="dpo-16-layers", layers=16, loss="dpo"),
+    Variant(name="sft-32-layers-micro-1", layers=32, micro_batch=1, steps=2),
+    Variant(name="dpo-32-layers", layers=32, loss="dpo", recompute="mlp+norm+attention", steps=2),
+    Variant(name="sft-13b-16-layers", shape="13b", layers=16),
+    Variant(name="sft-13b-8-layers", shape="13b"),
+    Variant(name="sft-8-layers-ragged", ragged=True, profile=True),
+    Variant(name="sft-8-layers"),
+    Variant(name="sft-8-layers-activation", recompute="activation"),
+    Variant(name="sft-8-layers-norm", recompute="norm"),
+    Variant(name="sft-8-layers-attention", recompute="attention"),
+    Variant(name="sft-8-layers-mlp", recompute="mlp"),
+    Variant(name="sft-32-layers-activation-micro-1", layers=32, recompute="activation", micro_batch=1, steps=2),
+    Variant(name="dpo-13b-16-layers", shape="13b", layers=16, loss="dpo", steps=2),
     Variant(name="logprobs-16-layers", layers=16, loss="logprobs"),
-    Variant(name="sft-8-layers-ragged", ragged=True),
+    Variant(name="sft-8-layers-micro-4", micro_batch=4),
+    Variant(name="sft-8-layers-micro-1", micro_batch=1),
     Variant(name="sft-16-layers-full-recompute", layers=16, recompute="full", micro_batch=4),
-    Variant(name="sft-16-layers-selective", layers=16, recompute="selective"),
-    Variant(name="sft-32-layers-selective-micro-1", layers=32, recompute="selective", micro_batch=1, steps=2),
     Variant(name="sft-32-layers-full-recompute", layers=32, recompute="full", steps=2),
 ]
 
@@ -153,15 +175,18 @@ def run(variant: Variant, arguments: argparse.Namespace) -> dict[str, Any]:
 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        shape = {**SHAPE, **(TINY if arguments.tiny else {}), "num_hidden_layers": variant.layers}
+        shape = {**SHAPES[variant.shape], **(TINY if arguments.tiny else {}), "num_hidden_layers": variant.layers}
         write_zeros(Path(folder), shape)
+        estimate = estimated_gib(Path(folder), variant, arguments.device)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         trainer = MegatronTrainer(trainer_config(Path(folder), variant, arguments.device))
     try:
         randomise(trainer)
         loaded = time.perf_counter() - began
         batch, loss = batch_of(variant, shape["vocab_size"])
         steps = [one_step(trainer, batch, loss) for _ in range(variant.warmup + variant.steps)][variant.warmup :]
-        found = summary(steps)
+        found = {**summary(steps), "estimated_gib": estimate}
         if variant.profile:
             found["profile"] = profile(trainer, batch, loss, arguments.out / f"profile-{variant.name}.txt")
     finally:
@@ -177,15 +202,28 @@ def trainer_config(model: Path, variant: Variant, device: str) -> Any:
     from align_core.config import OptimizerConfig, TrainerConfig, TrainingConfig  # noqa: PLC0415
 
     tokens = variant.micro_batch * variant.length
+    recompute = variant.recompute if variant.recompute in ("none", "full") else "selective"
+    modules = {"recompute_modules": tuple(variant.recompute.split("+"))} if recompute == "selective" else {}
     return TrainerConfig(
         model=model,
         steps=1000,
         trainable=variant.loss != "logprobs",
         optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
         training=TrainingConfig(
-            dtype="bfloat16", device=device, micro_batch_tokens=tokens, recompute=variant.recompute
+            dtype="bfloat16", device=device, micro_batch_tokens=tokens, recompute=recompute, **modules
         ),
     )
+
+
+def estimated_gib(model: Path, variant: Variant, device: str) -> float:
+    """What `--dry-run` would say of the memory."""
+    from align_core.memory import model_memory  # noqa: PLC0415
+    from align_core.model_shape import read_model_shape  # noqa: PLC0415
+
+    config = trainer_config(model, variant, device)
+    shape = read_model_shape(model)
+    memory = model_memory(shape, parallel=config.parallel, training=config.training, trainable=config.trainable)
+    return memory.total / 2**30
 
 
 def write_zeros(directory: Path, shape: dict[str, Any]) -> None:
@@ -468,7 +506,10 @@ def show(result: dict[str, Any]) -> None:
 
 def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     (arguments.out / "training.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    lines = ["| variant | layers | micro-batch | tokens/s | MFU | step s | optimizer s | GiB |", "|---|" + "--:|" * 7]
+    lines = [
+        "| variant | layers | micro-batch | tokens/s | MFU | step s | optimizer s | GiB | estimated |",
+        "|---|" + "--:|" * 8,
+    ]
     for result in results:
         variant = result.get("variant")
         if variant is None:
@@ -482,6 +523,7 @@ def write(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
             f"{result['seconds']:.3f}",
             f"{result.get('seconds_optimizer', 0):.3f}",
             f"{result.get('memory_gib', 0):.1f}",
+            f"{result['estimated_gib']:.1f}",
         )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     for result in results:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,13 +62,13 @@ def test_a_run_continues_on_another_layout(llama: Callable[..., Path], tmp_path:
     assert loaded == pytest.approx(saved, abs=1e-4 if dtype == "float32" else 0.03)
 
 
-def _trainer(context: RankContext, directory: Path, dtype: Dtype) -> MegatronTrainer:
+def _trainer(context: RankContext, directory: Path, dtype: Dtype, **training: Any) -> MegatronTrainer:
     config = TrainerConfig(
         model=directory,
         parallel=context.parallel,
         steps=STEPS + 1,
         optimizer=OptimizerConfig(lr=2e-3, eps=1e-5, weight_decay=0.1),
-        training=TrainingConfig(micro_batch_tokens=48, dtype=dtype, device="cuda"),
+        training=TrainingConfig(micro_batch_tokens=48, dtype=dtype, device="cuda", **training),
     )
     return MegatronTrainer(config, context)
 
@@ -114,6 +115,30 @@ def test_the_last_query_sees_the_last_key() -> None:
         seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device="cuda").tril(k1 - k0 - (q1 - q0))
         expected.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1))
     torch.testing.assert_close(found.float(), torch.cat(expected), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recompute_changes_nothing(llama: Callable[..., Path], dtype: Dtype) -> None:
+    """Every module of selective recompute, and whole layers, against keeping everything."""
+    found = run_ranks(_recompute_rank, ParallelConfig(), llama(), dtype, device="cuda")[0]
+    kept, *others = found
+    for losses in others:
+        assert losses == pytest.approx(kept, rel=1e-5 if dtype == "float32" else 1e-2)
+
+
+def _recompute_rank(context: RankContext, directory: Path, dtype: Dtype) -> list[list[float]]:
+    found = []
+    ways: list[dict[str, Any]] = [
+        {},
+        {"recompute": "full"},
+        {"recompute": "selective"},
+        {"recompute": "selective", "recompute_modules": ("mlp", "norm", "attention")},
+    ]
+    for recompute in ways:
+        trainer = _trainer(context, directory, dtype, **recompute)
+        found.append([trainer.step(ragged_batch(seed=step), SftLoss())["loss"] for step in range(STEPS)])
+        trainer.close()
+    return found
 
 
 def test_offloading_frees_the_device_and_changes_nothing(llama: Callable[..., Path]) -> None:
