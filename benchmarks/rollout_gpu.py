@@ -1,6 +1,6 @@
 """Rollout on one GPU: weight sync by phase, verification's cost, sleep and wake, throughput beside plain vLLM.
 
-    python benchmarks/rollout_gpu.py --out DIR                      # one H200, Llama-2-7B shape, about 4 minutes
+    python benchmarks/rollout_gpu.py --out DIR                      # one H200, Llama-2-7B shape, about 3 minutes
     python benchmarks/rollout_gpu.py --out DIR --parts processes    # trainer and engine in two processes, by CUDA IPC
     python benchmarks/rollout_gpu.py --out DIR --shape tiny         # anywhere, to try the script
 
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import pickle
 import platform
 import statistics
 import tempfile
@@ -32,6 +33,7 @@ from align_convert.config import ModelConfig
 from align_convert.layout import Layout, Rank
 from align_convert.plan import rank_plan
 from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
+from align_core.errors import SyncError
 from align_core.megatron.weights import LiveWeights, RankWeights, weight_metas
 from align_core.ray.source import DirectWorkersSource
 from align_core.ray.workers import Processes, WorkerGroup
@@ -39,6 +41,7 @@ from align_core.ray.world import RayWorld
 from align_core.stages.sync import synchronise
 from align_core.transfer.rectangles import Rows, slices
 from align_core.types import Completion, Prompt, checksum
+from align_rollout.bench import Load, measure_beside_plain
 from align_rollout.vllm import VllmEngine
 
 _SHAPES = {
@@ -183,15 +186,17 @@ def in_one_process(model: Path, arguments: argparse.Namespace, results: Results)
     trainer = Trainer(model, dtype)
     source = LiveWeights(trainer.rank, trainer.metas, _no_host_copy)
     with results.guard("checksum"):
-        results.add(checksums_equal_the_hosts=check_kernel(trainer))
+        results.add(checksums_equal_the_hosts=check_kernel(trainer), seconds_of_checksums=time_checksums(trainer))
     with results.guard("sync"):
         measure_syncs(trainer.train, source, engine, results)
     with results.guard("logprobs"):
         results.add(logprobs=compare_with_hugging_face(model, trainer, engine))
     with results.guard("throughput"):
-        results.add(throughput=compare_with_plain_vllm(engine, arguments))
+        results.add(throughput=throughput(engine, arguments))
     with results.guard("sleep"):
         results.add(sleep=measure_sleep(source, engine, trainer))
+    with results.guard("damage"):  # last: the engine is lost by it
+        results.add(damage_named=name_damage(source, engine, trainer))
     engine.close()
 
 
@@ -201,15 +206,19 @@ def in_two_processes(model: Path, arguments: argparse.Namespace, results: Result
     world = RayWorld(ClusterConfig())
     try:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        config = dataclasses.replace(engine_config(arguments, dtype), memory_fraction=0.4)
+        # No CUDA graphs: nothing is generated but one answer, and the start takes a third of the time.
+        config = dataclasses.replace(engine_config(arguments, dtype), memory_fraction=0.4, enforce_eager=True)
         engine, seconds = timed(lambda: world.engine(model, config))
         results.add(seconds_start=seconds)
         (place,) = engine._replicas[0].workers.processes.places
         workers = WorkerGroup("trainer", Processes("trainer", [place], board=world._board))
         workers.build([partial(Trainer, model, dtype)])
-        source = DirectWorkersSource(workers)
+        metas = workers.call("weights_layout")[0]
+        source = DirectWorkersSource(workers, lambda method: _NoHost(metas))
         with results.guard("sync"):
             measure_syncs(lambda seed: workers.call("train", seed), source, engine, results)
+        with results.guard("calls"):
+            results.add(calls=time_calls(source, engine))
         with results.guard("sleep"):
             engine.sleep(keep_weights=False)
             results.add(gib_with_engine_asleep=_used_gib())
@@ -218,6 +227,20 @@ def in_two_processes(model: Path, arguments: argparse.Namespace, results: Result
             results.add(sleep={"wake_with_new_weights": wake, "sync": dict(report.seconds)})
     finally:
         world.close()
+
+
+def time_calls(source: Any, engine: Any) -> dict[str, float]:
+    """What of an update between two processes is not copying: seconds of a call, and of the handles on their way."""
+    ask = engine._replicas[0].ask
+    memory = source.memory()
+    packed, packing = timed(lambda: pickle.dumps(memory))
+    return {
+        "empty_call": statistics.median(timed(lambda: ask("pulls"))[1] for _ in range(9)),
+        "export_handles": statistics.median(timed(source.memory)[1] for _ in range(5)),
+        "pickle_handles": packing,
+        "unpickle_handles": timed(lambda: pickle.loads(packed))[1],  # noqa: S301  (packed two lines above)
+        "bytes_of_handles": len(packed),
+    }
 
 
 def engine_config(arguments: argparse.Namespace, dtype: str) -> EngineConfig:
@@ -306,36 +329,33 @@ def _logprobs(twin: Any, prompt: Prompt, completion: Completion) -> np.ndarray:
     return found
 
 
-def compare_with_plain_vllm(engine: Any, arguments: argparse.Namespace) -> dict[str, object]:
-    """`VllmEngine.generate` and the same `vllm.LLM`'s own `generate`, in turn, on prompts that neither has seen."""
-    from vllm import SamplingParams  # noqa: PLC0415  (after the engine has set vLLM's variables)
-
+def throughput(engine: VllmEngine, arguments: argparse.Namespace) -> dict[str, object]:
+    """See `align_rollout.bench.measure_beside_plain`."""
+    load = Load(prompts=arguments.prompts, prompt_tokens=arguments.prompt_tokens, vocab_size=500, seed=5)
     sampling = SamplingConfig(max_tokens=arguments.new_tokens, seed=5)
-    plain = SamplingParams(
-        temperature=1.0, max_tokens=arguments.new_tokens, logprobs=0, detokenize=False, stop_token_ids=[2]
-    )
-    rates: dict[str, list[float]] = {"ours": [], "plain": []}
-    for pair in range(arguments.pairs + 1):  # the first pair warms up
-        for side in ("ours", "plain") if pair % 2 else ("plain", "ours"):
-            prompts = _fresh_prompts(arguments, seed=10 * pair + (side == "plain"))
-            if side == "ours":
-                found, seconds = timed(lambda: engine.generate(prompts, sampling))  # noqa: B023
-                tokens = sum(len(completion.tokens) for completion in found)
-            else:
-                inputs = [{"prompt_token_ids": prompt.tokens.tolist()} for prompt in prompts]
-                outputs, seconds = timed(lambda: engine._llm.generate(inputs, plain, use_tqdm=False))  # noqa: B023
-                tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
-            if pair:
-                rates[side].append(tokens / seconds)
-    ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["plain"]))
-    return {"tokens_per_second": rates, "median_ratio_ours_to_plain": ratio}
+    return measure_beside_plain(engine, load, sampling, pairs=arguments.pairs)
 
 
-def _fresh_prompts(arguments: argparse.Namespace, *, seed: int) -> list[Prompt]:
-    generator = np.random.default_rng(seed)
-    shape = (arguments.prompts, arguments.prompt_tokens)
-    tokens = generator.integers(3, 500, shape).astype(np.int32)
-    return [Prompt(id=i, tokens=row) for i, row in enumerate(tokens)]
+def time_checksums(trainer: Trainer) -> dict[str, float]:
+    """Median seconds of the checksums of all weights by themselves, of all rows and of a sample not summed before."""
+    found = {}
+    for name, rows in (("full", [Rows()] * 5), ("sampled", [Rows.sampled(version) for version in range(5)])):
+        trainer.rank.checksums(rows[0])  # compiles the kernel and makes the tables
+        found[name] = statistics.median(timed(lambda: trainer.rank.checksums(each))[1] for each in rows)  # noqa: B023
+    return found
+
+
+def name_damage(source: Any, engine: VllmEngine, trainer: Trainer) -> str:
+    """The error of an update in which one element changed after the trainer had summed its weights."""
+    honest = source.checksums(Rows())
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
+    trainer.tensors[name][7, 9] += 1
+    source.checksums = lambda rows: honest
+    try:
+        synchronise(source, engine.weight_sink(), version=2000, verify="full")
+    except SyncError as error:
+        return str(error)
+    raise RuntimeError(f"a changed element of {name} went unnoticed")
 
 
 def measure_sleep(source: Any, engine: Any, trainer: Trainer) -> dict[str, object]:
@@ -390,6 +410,16 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return result, time.perf_counter() - started
+
+
+class _NoHost:
+    """Knows the weights' names and cannot copy them."""
+
+    def __init__(self, metas: Any) -> None:
+        self.metadata = lambda: metas
+
+    def iterate(self) -> Any:
+        return _no_host_copy()
 
 
 def _no_host_copy() -> Any:

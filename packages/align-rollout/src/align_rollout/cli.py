@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from align_core.config import Device, Dtype, EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, SupportsAsyncGenerate
 from align_core.errors import AlignError, ConfigError
 from align_core.text import TemplateName, load_tokenizer
-from align_rollout.bench import measure
+from align_rollout.bench import Load, measure, measure_beside_plain
 from align_rollout.checkpoint import read_model
 from align_rollout.jobs import Journal, complete, encode, read_records, write_records
 from align_rollout.server import TOKEN_VARIABLE, make_server
@@ -98,18 +99,30 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     config = _engine_config(arguments)
-    engine = _starter(config)(arguments.model, config)
-    try:
-        found = measure(
-            engine,
-            prompts=arguments.prompts,
-            prompt_tokens=arguments.prompt_tokens,
-            sampling=SamplingConfig(max_tokens=arguments.max_tokens, seed=arguments.seed),
-            vocab_size=read_model(arguments.model).vocab_size,
+    sampling = SamplingConfig(max_tokens=arguments.max_tokens, seed=arguments.seed)
+    if arguments.prompt_tokens + arguments.max_tokens > config.context:
+        raise ConfigError(
+            f"--prompt-tokens {arguments.prompt_tokens} and --max-tokens {arguments.max_tokens} do not fit in "
+            f"--context {config.context}; raise it, or lower one of them"
         )
+    load = Load(
+        prompts=arguments.prompts,
+        prompt_tokens=arguments.prompt_tokens,
+        vocab_size=read_model(arguments.model).vocab_size,
+        seed=arguments.seed,
+    )
+    started = time.perf_counter()
+    engine = _starter(config)(arguments.model, config)
+    ready = time.perf_counter() - started
+    try:
+        if arguments.plain_pairs:
+            found = measure_beside_plain(engine, load, sampling, pairs=arguments.plain_pairs)
+        else:
+            found = measure(engine, load, sampling)
     finally:
         engine.close()
-    sys.stdout.write(json.dumps(found) + "\n")
+    head = {"engine": config.name, "model": str(arguments.model), "dtype": config.dtype, "seconds_to_start": ready}
+    sys.stdout.write(json.dumps({**head, **found}) + "\n")
 
 
 def _starter(config: EngineConfig) -> Callable[[Path, EngineConfig], RolloutEngine]:
@@ -164,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=128, help="length of each")
     bench.add_argument("--max-tokens", type=int, default=256, help="most new tokens")
     bench.add_argument("--seed", type=int, default=0, help="of prompts and sampling")
+    bench.add_argument(
+        "--plain-pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compare with vllm's own LLM.generate in N pairs of runs",
+    )
     return parser
 
 
