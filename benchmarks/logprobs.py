@@ -101,11 +101,11 @@ def fused(*, block: int = BLOCK_BYTES, keep: int | None = 0, entropy: bool = Fal
     return run
 
 
-def known_weights(*, block: int | None) -> Variant:
+def known_weights(*, block: int | None = None, sums: torch.dtype = torch.float32) -> Variant:
     """`fused_cross_entropy`."""
 
     def run(problem: Problem) -> tuple[Tensor, Tensor]:
-        return fused_cross_entropy(*problem, block_bytes=block)
+        return fused_cross_entropy(*problem, block_bytes=block, sum_dtype=sums)
 
     return run
 
@@ -151,12 +151,13 @@ def variants(tokens: int, vocab: int, *, item: int, with_liger: bool) -> dict[st
         "token_logprobs on whole logits": chunked,
     }
     table["fused_logprobs"] = fused(keep=None)
-    for block in (256, 512, 1024):
+    for block in (256, 512):
         table[f"fused_logprobs, block {block} MiB, nothing kept"] = fused(block=block * mib)
     table["fused_logprobs, all logits kept"] = fused(keep=tokens * vocab * item)
     table["fused_logprobs and entropy"] = fused(keep=None, entropy=True)
-    table["fused_cross_entropy"] = known_weights(block=None)
-    for block in (256, 512, 1024, 2048):
+    table["fused_cross_entropy"] = known_weights()
+    table["fused_cross_entropy, 16-bit sums"] = known_weights(sums=torch.bfloat16)
+    for block in (256, 1024):
         table[f"fused_cross_entropy, block {block} MiB"] = known_weights(block=block * mib)
     table["fused_loss with GRPO"] = grpo(block=None)
     if with_liger:

@@ -106,6 +106,24 @@ def test_short_pieces_share_a_block() -> None:
     assert seen == [(0, 5), (5, 12)]
 
 
+@pytest.mark.parametrize("sum_dtype", [torch.float32, torch.bfloat16])
+def test_sums_in_sixteen_bits_round_after_each_piece_and_no_more(sum_dtype: torch.dtype) -> None:
+    """Of 10 pieces; 2^-8 is the spacing of bfloat16. float32 sums of float32 inputs are not made narrower."""
+    model = Model()
+    low = [x.detach().to(torch.bfloat16).requires_grad_() for x in (model.hidden, model.weight)]
+    wide = [x.detach().double().requires_grad_() for x in low]
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        return sft_loss(output.logprobs_N, model.mask[rows], num_tokens=20)
+
+    loss = fused_loss(*low, model.targets, piece, block_bytes=1, sum_dtype=sum_dtype).loss
+    truth = fused_loss(*wide, model.targets, piece).loss
+    for found, expected in zip(torch.autograd.grad(loss, low), torch.autograd.grad(truth, wide)):
+        error = float((found.double() - expected).norm() / expected.norm())
+        assert error < (2e-2 if sum_dtype == torch.bfloat16 else 1e-2)
+    assert loss.dtype == torch.float32
+
+
 def test_without_gradient_nothing_is_kept_and_the_value_is_the_same() -> None:
     model = Model()
     with torch.no_grad():

@@ -5,6 +5,7 @@ A real engine starts in 10 to 15 s, so one serves all tests of a model; a test t
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,17 @@ def test_starting_leaves_the_process_as_it_was(tied: Any) -> None:
         engine.close()
     with pytest.raises(SyncError, match="closed"):
         engine.generate(_prompts(), _GREEDY)
+
+
+def test_a_closed_engine_keeps_nothing_of_the_model(tied: Any) -> None:
+    """Else the next engine of the process finds no memory, and with sleep mode vLLM refuses to start it."""
+    engine = VllmEngine.from_model(tied.path, _CONFIG)
+    engine.generate(_prompts(), _GREEDY)
+    llm = weakref.ref(engine._llm)
+    models = [weakref.ref(model) for model in engine._llm.apply_model(lambda model: model)]
+    engine.close()
+    assert llm() is None
+    assert [model() for model in models] == [None]
 
 
 def test_a_directory_without_weights_waits_for_its_first_ones(untied: Any, tmp_path: Path) -> None:

@@ -152,11 +152,11 @@ class _FusedLogprobs(torch.autograd.Function):
 
 
 class ProductSum:
-    """Sum of matrix products in at least float32, of the shape and (at the end) dtype of `like`."""
+    """Sum of matrix products, of the shape and (at the end) dtype of `like`; added up in `dtype` or that, the wider."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, dtype: torch.dtype = torch.float32) -> None:
         self._like = like
-        self._precision = torch.promote_types(like.dtype, torch.float32)
+        self._precision = torch.promote_types(like.dtype, dtype)
         self._total: Tensor | None = None
 
     def add(self, left: Tensor, right: Tensor) -> None:

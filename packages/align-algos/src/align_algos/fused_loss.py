@@ -52,6 +52,7 @@ def fused_loss(
     temperature: float = 1.0,
     entropy: bool = False,
     block_bytes: int | None = None,
+    sum_dtype: torch.dtype = torch.float32,
 ) -> FusedLossOutput:
     """`loss` of the log-probs that `fused_logprobs` would give, computed and differentiated piece by piece.
 
@@ -67,6 +68,8 @@ def fused_loss(
             or groups, as the loss's `unit` says); None: anywhere. A piece has at least what is between two cuts.
         block_bytes: logits of a piece, at most, where the cuts allow it. None: as many as the float32 sum of the output
             matrix's gradient, which is there anyway; smaller pieces make adding to that sum a large part of the time.
+        sum_dtype: in which the pieces' shares of the output matrix's gradient are added up, if it is not narrower than
+            the inputs'. bfloat16 is some per cent faster, takes no memory of its own, and rounds after each piece.
         Others and Raises: as in `fused_logprobs`.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
@@ -83,7 +86,7 @@ def fused_loss(
         logprobs_N=torch.zeros(len(targets_N), dtype=_precision(hidden_NH), device=hidden_NH.device),
         log_mass_N=torch.zeros(len(targets_N), dtype=_precision(hidden_NH), device=hidden_NH.device),
         hidden_grad_NH=torch.empty_like(hidden_NH) if grad and hidden_NH.requires_grad else None,
-        weight_grad=ProductSum(weight_VH[: part.columns]) if grad and weight_VH.requires_grad else None,
+        weight_grad=ProductSum(weight_VH[: part.columns], sum_dtype) if grad and weight_VH.requires_grad else None,
     )
     with torch.no_grad():
         outputs = [_piece(sums, hidden_NH, weight_VH, loss, rows=piece, entropy=entropy) for piece in pieces]
@@ -104,6 +107,7 @@ def fused_cross_entropy(
     tp_group: "ProcessGroup | None" = None,
     temperature: float = 1.0,
     block_bytes: int | None = None,
+    sum_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """- sum of weights_N times the log-probabilities of `fused_logprobs`; rows of weight 0 still cost their share.
 
@@ -123,6 +127,7 @@ def fused_cross_entropy(
         tp_group=tp_group,
         temperature=temperature,
         block_bytes=block_bytes,
+        sum_dtype=sum_dtype,
     )
     return output.loss, output.logprobs_N
 

@@ -45,6 +45,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         device=arguments.device,
         kv_cache_mib=arguments.kv_cache_mib,
         enforce_eager=arguments.enforce_eager,
+        sleep=False,  # nothing else wants the memory meanwhile
     )
 
 

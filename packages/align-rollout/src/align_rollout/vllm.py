@@ -39,8 +39,9 @@ class VllmEngine:
         self._facts = facts
         self._config = config
         self._owns_process_group = owns_process_group
+        self._stepper = VllmStepper(llm, eos_ids=facts.eos_ids)
         self._stream = Stream(
-            VllmStepper(llm, eos_ids=facts.eos_ids),
+            self._stepper,
             check=self._check,
             version=lambda: self._sink.version,
             decode=lambda: load_tokenizer(facts.path).decode,
@@ -191,14 +192,15 @@ class VllmEngine:
             return
         llm, self._llm = self._llm, None
         self._stream.close()
+        self._stepper.close()
         self._sink.close()
         llm.llm_engine.engine_core.shutdown()
         del llm
+        gc.collect()  # the model is part of cycles; its memory is given back below
         if self._owns_process_group:
             from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
 
             cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class VllmStepper:
     """Drives the engine inside a vllm.LLM, step by step."""
 
     def __init__(self, llm: Any, *, eos_ids: Sequence[int]) -> None:
-        self._engine = llm.llm_engine
+        self._engine: Any = llm.llm_engine
         self._eos_ids = list(eos_ids)
 
     def add(self, request: Request) -> None:
@@ -30,6 +30,10 @@ class VllmStepper:
         """See `Stepper`."""
         if keys:
             self._engine.abort_request(list(keys))
+
+    def close(self) -> None:
+        """Lets go of the engine and so of the model's memory; nothing can be asked after it."""
+        self._engine = None
 
     def _params(self, request: Request) -> Any:
         from vllm import SamplingParams  # noqa: PLC0415  (optional dependency)
