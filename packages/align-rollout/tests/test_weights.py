@@ -23,7 +23,7 @@ class _Llm:
         self.files: set[Path] = set()
         self.commit_fails, self.cache_resets = commit_fails, cache_resets
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[None]:
         self.calls.append(method)
         if method == "align_stage":
             for weight in args[0]:
@@ -31,6 +31,7 @@ class _Llm:
                 self.files |= {weight.file} if weight.file else set()
         if method == "align_commit" and self.commit_fails:
             raise RuntimeError("out of memory")
+        return [None]  # the answer of one worker
 
     def reset_prefix_cache(self, *, reset_running_requests: bool) -> bool:
         assert reset_running_requests
