@@ -1,4 +1,4 @@
-"""Two Ray nodes on this machine: ranks that meet over a port, and weights that cross without a file in common.
+"""Two Ray nodes on this machine: ranks that meet over a port, and weights that cross over links or Ray's store.
 
 The two raylets do share /dev/shm, which nothing here may use across them: the source is the one for several nodes, and
 every file that it makes is written by ranks of one node only.
@@ -28,6 +28,7 @@ from align_core.config import (
 from align_core.errors import ConfigError
 from align_core.ray import cluster
 from align_core.ray.crossing import CrossingSource
+from align_core.ray.source import LinkedWorkersSource
 from align_core.ray.trainer import RayTrainer
 from align_core.ray.world import RayWorld
 from align_core.stages.rollout import rollout_batch
@@ -59,20 +60,22 @@ def test_ranks_and_engine_on_two_nodes(address: str, tmp_path: Path) -> None:
     try:
         trainer = world.trainer(
             TrainerConfig(
-                model=tmp_path / "hf", parallel=ParallelConfig(tensor=2), optimizer=OptimizerConfig(lr=0.05), steps=2
+                model=tmp_path / "hf", parallel=ParallelConfig(tensor=2), optimizer=OptimizerConfig(lr=0.05), steps=3
             )
         )
         engine = world.engine(tmp_path / "hf", EngineConfig(context=64, kv_cache_mib=64))
         assert isinstance(trainer, RayTrainer)
         assert len({place.node_id for place in trainer._workers.processes.places}) == 2
         source = trainer.weights()
-        assert isinstance(source, CrossingSource)
+        assert isinstance(source, LinkedWorkersSource)
+        assert isinstance(source._host, CrossingSource)
         for weight in source.iterate():
             assert weight.file is None and weight.data is not None
             assert checksum(weight.data, item_bytes=4) == weight.checksum, weight.meta.name
         said = set()
-        for version in range(2):
-            synchronise(trainer.weights(), engine.weight_sink(), version=version)
+        for version, transport in enumerate(("auto", "links", "links")):
+            report = synchronise(source, engine.weight_sink(), version=version, transport=transport)  # type: ignore[arg-type]
+            assert report.way == {"auto": "host"}.get(transport, transport)
             asked = [Prompt(id=10 * version + k, tokens=np.arange(5, 12 + k, dtype=np.int32)) for k in range(4)]
             completions = engine.generate(asked, SamplingConfig(n=2, max_tokens=8))
             assert {completion.version for completion in completions} == {version}
@@ -91,7 +94,7 @@ def test_ranks_and_engine_on_two_nodes(address: str, tmp_path: Path) -> None:
                 ),
                 GrpoLoss(),
             )
-        assert len(said) == 2, "the update must change what the engine says, or nothing was sent"
+        assert len(said) == 3, "the update must change what the engine says, or nothing was sent"
     finally:
         world.close()
 

@@ -7,7 +7,7 @@ completion that came before is never delivered twice. Each such event is logged 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,7 +193,10 @@ class RayEngine:
         """
         asks = [partial(self._alive, replica) if method == "begin" else replica.ask for replica in self._replicas]
         pending = [self._pool.submit(ask, method, *own) for ask, own in zip(asks, arguments, strict=True)]
-        wait(pending)  # an error must not leave before the others are done with files that go away with the call
+        errors = [ended.exception() for ended in as_completed(pending)]  # all end before files of the call go away
+        for error in errors:
+            if error is not None:  # the first in time: others may have waited for that one in vain
+                raise error
         return [future.result() for future in pending]
 
     def _alive(self, replica: _Replica, method: str, *arguments: Any) -> Any:

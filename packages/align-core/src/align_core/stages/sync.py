@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from align_core.config import Transport, Verify
 from align_core.contracts import DirectSink, DirectSource, LinkedSink, LinkedSource, WeightSink, WeightSource
-from align_core.errors import AlignError, ConfigError, SyncError
+from align_core.errors import ConfigError, SyncError
 from align_core.transfer.rectangles import Part, Pulled, Rows, check_sums
 from align_core.types import Completion, chunked
 
@@ -128,27 +128,15 @@ def _send(source: LinkedSource, sink: LinkedSink, *, version: int, verify: Verif
     layouts = sink.layouts()
     sink.expect(source.seat(layouts))
     expected = time.perf_counter()
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        sending = beside.submit(source.send, rows)
-        try:
-            received = sink.receive(rows)
-        except AlignError as lost:
-            _blame(sending, lost)
-            raise
-        sent = sending.result()
+    with ThreadPoolExecutor(max_workers=2) as both:
+        sending, receiving = both.submit(source.send, rows), both.submit(sink.receive, rows)
+        sides: list[Future[Any]] = [sending, receiving]
+        for ended in as_completed(sides):
+            ended.result()  # of the two, the error that came first is the cause
+        sent, received = sending.result(), receiving.result()
     arrived = time.perf_counter()
     _compare(sent, received, layouts if rows else (), version=version)
     return {"offer": expected - started, "send": arrived - expected, **_slowest(received), "compare": _since(arrived)}
-
-
-def _blame(sending: "Future[Any]", lost: AlignError) -> None:
-    """Raises the trainer's error instead of the engines' `lost`, if it was not the trainer that lost the engines.
-
-    A rank that died, or failed for a reason of its own, is what the engines waited for in vain.
-    """
-    error = sending.exception()
-    if error is not None and isinstance(lost, SyncError) and not isinstance(error, SyncError):
-        raise error from lost
 
 
 def _rows(verify: Verify, version: int) -> Rows | None:

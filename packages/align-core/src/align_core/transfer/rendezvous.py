@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 _opened: dict[str, TCPStore] = {}  # lives as long as the process that the others connect to, or until it is closed
+_joined: list[Store] = []  # a FileStore that is freed while another process removes its file waits for it, for minutes
 _FILE = "file://"
 _ANSWER_TIMEOUT_S = 10.0
 
@@ -35,6 +36,7 @@ def join_meeting(meeting: str, *, ranks: int, timeout: timedelta = timedelta(min
     kind, _, place = meeting.partition("://")
     if kind == "file":
         store: Store = FileStore(place, ranks)
+        _joined.append(store)
     else:
         host, _, port = place.rpartition(":")
         store = TCPStore(host, int(port), is_master=False, timeout=timeout)
