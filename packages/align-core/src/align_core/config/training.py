@@ -90,6 +90,9 @@ class TrainingConfig:
     """Most tokens in one forward pass, packed without padding; memory grows with it, results do not depend on it."""
     device: Device = "auto"
     """`auto` takes CUDA where there is a device."""
+    layers: Literal["torch", "transformer_engine", "auto"] = "torch"
+    """What layers are made of: torch and our kernels; NVIDIA's Transformer Engine, which must be installed (it needs a
+    CUDA build; not yet run by us); or `auto`: that where it is installed and can do what else is asked for."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of `recompute_modules` (selective), or of
     whole layers (full; keeps one hidden state a layer, a third more time)."""

@@ -63,16 +63,18 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         packed = packed_seq_params
         query, key = (rotate(part[:, 0], *packed.cos_and_sin(self.frequencies)) for part in (query, key))
         value = value[:, 0].contiguous()  # a view would keep queries and keys alive a second time
+        return self.attend(query, key, value, packed).reshape(len(query), 1, -1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, packed: Packed) -> Tensor:
+        """[P, Q, D], [P, G, D] twice, positions applied, to [P, Q, D]."""
         if packed.share is not None:
-            attended = self._shared(query, key, value, packed.share)
-        elif packed.uniform is not None:
-            attended = self._uniform(query, key, value, packed.uniform)
-        elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+            return self._shared(query, key, value, packed.share)
+        if packed.uniform is not None:
+            return self._uniform(query, key, value, packed.uniform)
+        if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
             bounds, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-            attended = self._varlen(query, key, value, (bounds, bounds), (longest, longest))
-        else:
-            attended = self._bucketed(query, key, value, packed)
-        return attended.reshape(len(query), 1, -1)
+            return self._varlen(query, key, value, (bounds, bounds), (longest, longest))
+        return self._bucketed(query, key, value, packed)
 
     def _shared(self, query: Tensor, key: Tensor, value: Tensor, share: SequenceShare) -> Tensor:
         """This rank's queries on all ranks' keys and values."""

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from align_convert.config import ModelConfig
 from align_core.atomic import replace_directory, write_json
-from align_core.errors import CheckpointError
+from align_core.errors import CheckpointError, choices
 from align_core.megatron.model import LlamaModel
 from align_core.megatron.optimizer import Optimization
 from align_core.megatron.parallel import RankContext
@@ -41,6 +41,7 @@ from align_core.megatron.shards import OwnedRange, Rectangles, sharded_state
 
 _RECORD = "align.json"
 _FORMAT = 2
+_EXTRA = "_extra_state"  # scales of fp8, which is not used
 
 
 class _Collecting(SaveShardedStrategy):  # type: ignore[misc]
@@ -181,7 +182,10 @@ def load_checkpoint(
     except (CheckpointingException, CheckpointException, OSError) as error:
         raise CheckpointError(f"the checkpoint {str(path)!r} cannot be read: {error}") from error
     for chunk, key in zip(chunks, _keys(chunks)):
-        chunk.load_state_dict(loaded[key])
+        left = chunk.load_state_dict(loaded[key], strict=False)
+        wrong = sorted(name for name in (*left.missing_keys, *left.unexpected_keys) if not name.endswith(_EXTRA))
+        if wrong:
+            raise CheckpointError(f"the checkpoint {str(path)!r} and the model differ in {choices(wrong)}")
     optimization.restore(adam_steps=record["adam_steps"], schedule=loaded["scheduler"])
     if same_layout:
         _restore_random_state(loaded["rng"])
@@ -203,8 +207,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _weights(chunks: Sequence[LlamaModel]) -> dict[str, Any]:
-    """megatron-core's description of each chunk's weights, by its key."""
-    return {key: chunk.sharded_state_dict() for chunk, key in zip(chunks, _keys(chunks))}
+    """megatron-core's description of each chunk's weights, by its key; without what only Transformer Engine keeps, so
+    that its layers and torch's read each other's checkpoints."""
+    return {
+        key: {name: entry for name, entry in chunk.sharded_state_dict().items() if not name.endswith(_EXTRA)}
+        for chunk, key in zip(chunks, _keys(chunks))
+    }
 
 
 def _flat(weights: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

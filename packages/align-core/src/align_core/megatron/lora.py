@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 
 from align_core.config import LoraConfig
 from align_core.megatron.parallel import RankContext
+from align_core.megatron.transformer_engine import plain_name
 
 _ADAPTERS = ("lora_a", "lora_b")
 
@@ -99,9 +100,7 @@ class ExportedChunk:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight of the plan by name."""
         adapted = {f"{name}.weight": module for name, module in self._chunk.named_modules() if _is_adapted(module)}
-        for name, parameter in self._chunk.named_parameters():
-            if name.rsplit(".", 1)[-1] in _ADAPTERS:
-                continue
+        for name, parameter in base_parameters(self._chunk).items():
             if name in adapted and name not in self._merged:
                 self._merged[name] = merged_weight(adapted[name])
             yield name, self._merged.get(name, parameter)
@@ -112,8 +111,10 @@ class ExportedChunk:
 
 
 def base_parameters(chunk: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the weight plan knows: all but adapters."""
-    return {name: value for name, value in chunk.named_parameters() if name.rsplit(".", 1)[-1] not in _ADAPTERS}
+    """The parameters that the weight plan knows, by its names: all but adapters."""
+    return {
+        plain_name(name): value for name, value in chunk.named_parameters() if name.rsplit(".", 1)[-1] not in _ADAPTERS
+    }
 
 
 @torch.no_grad()

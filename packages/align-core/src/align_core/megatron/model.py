@@ -26,6 +26,7 @@ from align_core.megatron.parallel import RankContext
 from align_core.megatron.quiet import quiet_megatron
 from align_core.megatron.rotary import rotary_frequencies
 from align_core.megatron.spec import layer_spec, transformer_config
+from align_core.megatron.transformer_engine import FusedLayers
 
 # Each rank's share of the vocabulary is a multiple of this: matrices of odd width miss the fast kernels of GPUs.
 _VOCAB_DIVISOR = 64
@@ -70,12 +71,20 @@ def plan_of(config: ModelConfig, context: RankContext) -> list[tuple[Shard, ...]
 
 @quiet_megatron()
 def build_model(
-    config: ModelConfig, context: RankContext, training: TrainingConfig, lora: LoraConfig
+    config: ModelConfig,
+    context: RankContext,
+    training: TrainingConfig,
+    lora: LoraConfig,
+    fused: FusedLayers | None = None,
 ) -> list[LlamaModel]:
-    """This rank's part of the model, one chunk a virtual pipeline stage, their weights not yet set."""
+    """This rank's part of the model, one chunk a virtual pipeline stage, their weights not yet set.
+
+    Args:
+        fused: modules of Transformer Engine to make the layers of.
+    """
     transformer = transformer_config(config, context, training)
     rotary = rotary_frequencies(head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling)
-    layer = layer_spec(config, training, lora, rotary.to(context.device))
+    layer = layer_spec(config, training, lora, rotary.to(context.device), fused)
     return [_build_chunk(config, context, transformer, layer, chunk) for chunk in range(context.parallel.virtual)]
 
 

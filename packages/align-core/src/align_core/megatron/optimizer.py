@@ -4,6 +4,7 @@ The optimizer is megatron-core's DistributedOptimizer: each data-parallel rank h
 state, and of the float32 main weights that bfloat16 training has. Knows nothing about batches and losses.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -55,23 +57,24 @@ class Optimization:
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         self.chunks: list[Any] = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
         chunks[0].config.finalize_model_grads_func = _sum_gradients
-        self.optimizer: Any = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                min_lr=config.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                bf16=dtype == "bfloat16",
-                params_dtype=DTYPES[dtype],
-                use_distributed_optimizer=True,
-            ),
-            self.chunks,
-            use_gloo_process_groups=False,
-        )
+        with _torch_adamw():
+            self.optimizer: Any = get_megatron_optimizer(
+                MegatronOptimizerConfig(
+                    optimizer="adam",
+                    lr=config.lr,
+                    min_lr=config.min_lr,
+                    weight_decay=config.weight_decay,
+                    adam_beta1=config.beta1,
+                    adam_beta2=config.beta2,
+                    adam_eps=config.eps,
+                    clip_grad=config.clip_grad,
+                    bf16=dtype == "bfloat16",
+                    params_dtype=DTYPES[dtype],
+                    use_distributed_optimizer=True,
+                ),
+                self.chunks,
+                use_gloo_process_groups=False,
+            )
         (self._inner,) = self.optimizer.chained_optimizers
         _detach_views(self._inner)
         if self._inner.param_groups[0]["params"][0].is_cuda:
@@ -222,6 +225,18 @@ def check_schedule(config: OptimizerConfig, *, steps: int) -> None:
         )
     if config.min_lr > config.lr:
         raise ConfigError(f"optimizer.min_lr {config.min_lr} is above optimizer.lr {config.lr}; lower it")
+
+
+@contextlib.contextmanager
+def _torch_adamw() -> Iterator[None]:
+    """Within it, megatron-core takes torch's AdamW also where Transformer Engine or Apex is installed: theirs keep the
+    number of steps elsewhere, and checkpoints here know torch's."""
+    before = megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+    try:
+        yield
+    finally:
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = before
 
 
 def _detach_views(optimizer: Any) -> None:

@@ -23,6 +23,7 @@ from align_core.megatron.offload import Shelf
 from align_core.megatron.parallel import RankContext, close_rank, init_rank
 from align_core.megatron.source import open_model, translated_errors
 from align_core.megatron.spec import DTYPES
+from align_core.megatron.transformer_engine import fused_layers, uses_transformer_engine
 from align_core.megatron.weights import (
     HeldWeights,
     LiveWeights,
@@ -52,6 +53,7 @@ class RankModel:
             ConfigError: settings contradict each other or the model.
         """
         source, self.model_config = open_model(config)
+        fused = fused_layers() if uses_transformer_engine(config, self.model_config) else None
         self.config = config
         self._owns_context = context is None
         self.context = context or init_rank(parallel=config.parallel, device=config.training.device, seed=config.seed)
@@ -59,7 +61,7 @@ class RankModel:
         self._live: RankWeights | None = None
         self._weights_shelf = Shelf()
         try:
-            self._chunks = build_model(self.model_config, self.context, config.training, config.lora)
+            self._chunks = build_model(self.model_config, self.context, config.training, config.lora, fused)
             with translated_errors():
                 load_weights(self._chunks, self.model_config, self.context, source)
             if config.lora.rank:

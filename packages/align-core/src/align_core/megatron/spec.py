@@ -1,7 +1,7 @@
 """What a transformer layer is made of, for every family: megatron-core's settings and its layer specification.
 
-The layer is megatron-core's, with torch's RMSNorm, our attention and activation; nothing of Transformer Engine. Its
-fusions that need a compiler or Apex are off: in float32 the model then equals Hugging Face's to rounding. Which biases
+The layer is megatron-core's, with torch's RMSNorm, our attention and activation, or Transformer Engine's. Its fusions
+that need a compiler or Apex are off: in float32 the model then equals Hugging Face's to rounding. Which biases
 and norms a family has is read off its weight table.
 """
 
@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec, TransformerConfig, TransformerLayerSubmodules
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from align_core.megatron.layers import Norm, swiglu
 from align_core.megatron.lora import LoraColumnLinear, LoraRowLinear
 from align_core.megatron.parallel import RankContext
 from align_core.megatron.recompute import ForgetfulLayer, ForgettableAttention, ForgettableMLP, ForgettableNorm
+from align_core.megatron.transformer_engine import FusedLayers
 from align_core.megatron.wgrad import can_accumulate
 
 DTYPES: dict[Dtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,16 +87,23 @@ def transformer_config(config: ModelConfig, context: RankContext, training: Trai
     )
 
 
-def layer_spec(config: ModelConfig, training: TrainingConfig, lora: LoraConfig, rotary: Tensor) -> ModuleSpec:
-    """One layer; `rotary` are the frequencies of its positions."""
-    column, gated, row = ColumnParallelLinear, ColumnParallelLinear, RowParallelLinear
+def layer_spec(
+    config: ModelConfig, training: TrainingConfig, lora: LoraConfig, rotary: Tensor, fused: FusedLayers | None = None
+) -> ModuleSpec:
+    """One layer; `rotary` are the frequencies of its positions, `fused` the modules of Transformer Engine, if any."""
+    column: Any = ColumnParallelLinear
+    gated: Any = ColumnParallelLinear
+    row: Any = RowParallelLinear
     if lora.rank:
         column = ModuleSpec(module=LoraColumnLinear, params={"lora": lora})
         gated = ModuleSpec(module=LoraColumnLinear, params={"lora": lora, "gated": True})
         row = ModuleSpec(module=LoraRowLinear, params={"lora": lora})
     forgotten = training.recomputed
-    norm = ForgettableNorm if "norm" in forgotten else Norm
-    core = ForgettableAttention if "attention" in forgotten else PackedAttention
+    norm: type[nn.Module] = ForgettableNorm if "norm" in forgotten else Norm
+    core: type[nn.Module] = ForgettableAttention if "attention" in forgotten else PackedAttention
+    if fused is not None:
+        column = gated = fused.norm_column
+        row, core, norm = fused.row, fused.attention, IdentityOp
     has_qk_norm = _has(config, "q_layernorm.weight")
     attention = ModuleSpec(
         module=SelfAttention,
@@ -123,7 +132,7 @@ def layer_spec(config: ModelConfig, training: TrainingConfig, lora: LoraConfig, 
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_CHECKPOINT_NAMES,
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES if fused is None else {},
         ),
     )
 

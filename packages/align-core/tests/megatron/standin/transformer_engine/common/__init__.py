@@ -1,0 +1,5 @@
+"""Only what is derived from at import."""
+
+from transformer_engine.common import recipe
+
+__all__ = ["recipe"]
