@@ -23,6 +23,7 @@ from align_rollout.vllm_stepper import VllmStepper
 from align_rollout.weights import VllmWeightSink
 
 _CPU_CACHE_MIB = 256
+_FREE_AT_START = 0.01
 _CPU_PASS_TOKENS = 8192  # most tokens of one forward pass on CPU, where whole prompts must fit
 _CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many tokens on CPU
 
@@ -215,7 +216,8 @@ def _arguments(facts: ModelFacts, config: EngineConfig, device: str) -> dict[str
         if device == "cpu"
         else {
             "enforce_eager": config.enforce_eager,
-            "gpu_memory_utilization": config.memory_fraction,
+            # Where the cache has a size of its own this is only what must be free at the start, of all memory.
+            "gpu_memory_utilization": _FREE_AT_START if config.kv_cache_mib else config.memory_fraction,
             "enable_sleep_mode": config.sleep,
         }
     )
