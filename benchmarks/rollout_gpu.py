@@ -2,6 +2,7 @@
 
     python benchmarks/rollout_gpu.py --out DIR                      # one H200, Llama-2-7B shape, about 3 minutes
     python benchmarks/rollout_gpu.py --out DIR --parts processes    # trainer and engine in two processes, by CUDA IPC
+    python benchmarks/rollout_gpu.py --out DIR --parts links        # 4 GPUs: trainer TP2 to two engines, to one of TP2
     python benchmarks/rollout_gpu.py --out DIR --shape tiny         # anywhere, to try the script
 
 Weights are random (bfloat16 on CUDA); the trainer's side are tensors laid out as Megatron's TP=1 rank holds them,
@@ -35,7 +36,7 @@ from align_convert.plan import rank_plan
 from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
 from align_core.errors import SyncError
 from align_core.megatron.weights import LiveWeights, RankWeights, weight_metas
-from align_core.ray.source import DirectWorkersSource
+from align_core.ray.source import DirectWorkersSource, LinkedWorkersSource
 from align_core.ray.workers import Processes, WorkerGroup
 from align_core.ray.world import RayWorld
 from align_core.stages.sync import synchronise
@@ -54,7 +55,7 @@ def main() -> None:
     """Runs the asked parts, each guarded, and writes their results."""
     arguments = _parser().parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    parts = {"process": in_one_process, "processes": in_two_processes}
+    parts = {"process": in_one_process, "processes": in_two_processes, "links": over_links}
     for name in arguments.parts:
         results = Results(arguments.out / f"rollout-gpu-{name}.json", arguments.shape)
         with tempfile.TemporaryDirectory() as folder, results.guard(name):
@@ -64,7 +65,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", default=["process"], choices=["process", "processes"])
+    parser.add_argument("--parts", nargs="+", default=["process"], choices=["process", "processes", "links"])
     parser.add_argument("--shape", default="llama2-7b", choices=sorted(_SHAPES))
     parser.add_argument("--memory-fraction", type=float, default=0.5)
     parser.add_argument("--prompts", type=int, default=512)
@@ -133,13 +134,12 @@ def write_model(folder: Path, shape: dict[str, int]) -> Path:
 
 
 class Trainer:
-    """The weights of a Megatron TP=1 rank, random, on the GPU where there is one; a worker's object over Ray."""
+    """The weights of a Megatron rank, random, on the GPU where there is one; a worker's object over Ray."""
 
-    def __init__(self, model: Path, dtype: str) -> None:
-
+    def __init__(self, model: Path, dtype: str, layout: Layout | None = None, rank: Rank | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         config = ModelConfig.from_hf(model)
-        shards = rank_plan(config, Layout(), Rank())
+        shards = rank_plan(config, layout or Layout(), rank or Rank())
         self.metas = weight_metas(config, dtype)
         self.tensors = {
             shard.name: torch.empty(shard.shape, dtype=getattr(torch, dtype), device=device) for shard in shards
@@ -174,6 +174,9 @@ class Trainer:
 
     def weight_checksums(self, rows: Any) -> Any:
         return self.rank.checksums(rows)
+
+    def send_weights(self, seat: Any, rows: Any) -> Any:
+        return self.rank.send(seat, rows)
 
 
 def in_one_process(model: Path, arguments: argparse.Namespace, results: Results) -> None:
@@ -266,7 +269,9 @@ def check_kernel(trainer: Trainer) -> bool:
     return all(equal)
 
 
-def measure_syncs(train: Callable[[int], Any], source: Any, engine: Any, results: Results) -> None:
+def measure_syncs(
+    train: Callable[[int], Any], source: Any, engine: Any, results: Results, *, transport: Any = "auto"
+) -> None:
     """Each verification several times, other weights each time; every phase's median, and the answers' version."""
 
     version, summary = 0, {}
@@ -274,7 +279,7 @@ def measure_syncs(train: Callable[[int], Any], source: Any, engine: Any, results
         runs = []
         for _ in range(6):
             train(version + 1)
-            report = synchronise(source, engine.weight_sink(), version=version, verify=verify)
+            report = synchronise(source, engine.weight_sink(), version=version, verify=verify, transport=transport)
             runs.append(dict(report.seconds))
             version += 1
         first, rest = runs[0], runs[1:]
@@ -410,6 +415,32 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return result, time.perf_counter() - started
+
+
+def over_links(model: Path, arguments: argparse.Namespace, results: Results) -> None:
+    """Two trainer ranks (TP2) and engines on other devices: two of one rank each, and one of two."""
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    for name, settings in (("tp2_to_2_engines", {"replicas": 2}), ("tp2_to_tp2", {"tensor": 2})):
+        found = Results(results.path.with_stem(f"{results.path.stem}-{name}"), arguments.shape)
+        world = RayWorld(ClusterConfig(placement="disaggregated"))
+        try:
+            ranks = Layout(tp=2).ranks()
+            places = [world._place([slot]) for slot in world._start().trainer(len(ranks))]
+            workers = WorkerGroup("trainer", Processes("trainer", places, board=world._board))
+            workers.build([partial(Trainer, model, dtype, Layout(tp=2), rank) for rank in ranks])
+            config = dataclasses.replace(
+                engine_config(arguments, dtype),
+                enforce_eager=True,
+                transport="links",
+                **settings,  # type: ignore[arg-type]
+            )
+            engine, seconds = timed(lambda: world.engine(model, config))  # noqa: B023
+            found.add(seconds_start=seconds, engine_tensor=config.tensor, replicas=config.replicas)
+            metas = workers.call("weights_layout")[0]
+            source = LinkedWorkersSource(workers, lambda method: _NoHost(metas))  # noqa: B023
+            measure_syncs(lambda seed: workers.call("train", seed), source, engine, found, transport="links")  # noqa: B023
+        finally:
+            world.close()
 
 
 class _NoHost:
