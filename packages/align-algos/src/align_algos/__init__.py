@@ -70,6 +70,7 @@ from align_algos.losses import (
     sft_mixing_loss,
     simpo_loss,
     value_loss,
+    vocab_kl_loss,
 )
 from align_algos.padded import flatten, padded_offsets, unflatten
 from align_algos.ratios import (
@@ -90,6 +91,7 @@ from align_algos.shaping import (
     last_token,
     ngram_penalty,
     overlong_penalty,
+    rewards_with_kl,
     shaped_rewards,
 )
 from align_algos.vocab_kl import token_kl
@@ -154,6 +156,7 @@ __all__ = [
     "reinforce_pp_loss",
     "returns_to_go",
     "reward_loss",
+    "rewards_with_kl",
     "rloo_loss",
     "robust_dpo_loss",
     "segment_lengths",
@@ -172,5 +175,6 @@ __all__ = [
     "truncated_importance",
     "unflatten",
     "value_loss",
+    "vocab_kl_loss",
     "whiten",
 ]

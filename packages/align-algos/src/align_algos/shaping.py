@@ -57,16 +57,29 @@ def shaped_rewards(
             be lost.
     Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 2; per token: Ziegler et al. 2019, arXiv:1909.08593, section 2.
     """
-    check_number("kl_coef", kl_coef, low=0.0)
     check_mask(mask_N)
+    kl_N = kl_estimate(logprobs_N.detach(), reference_logprobs_N.detach(), estimator=kl_estimator)
+    return rewards_with_kl(scores_B, kl_N, mask_N, offsets, kl_coef=kl_coef, length_normalised=length_normalised)
+
+
+def rewards_with_kl(
+    scores_B: Tensor, kl_N: Tensor, mask_N: Tensor, offsets: Tensor, *, kl_coef: float, length_normalised: bool = False
+) -> Tensor:
+    """`shaped_rewards` for a KL that is known already, such as the one over the whole vocabulary (`token_kl`).
+
+    Args:
+        kl_N: floating [N], nats; what it is outside the mask does not matter.
+        Others, Returns and Raises: as in `shaped_rewards`.
+    """
+    check_number("kl_coef", kl_coef, low=0.0)
+    check_columns("token", check_mask(mask_N), kl_N=kl_N)
     length_B = segment_lengths(mask_N, offsets)
     check_columns("sequence", length_B.shape[0], scores_B=scores_B)
     scores_B = working_precision(scores_B.detach())
     lost_B = (length_B == 0) & (scores_B != 0)
     if bool(lost_B.any()):
         raise InputError(f"sequence {int(lost_B.nonzero()[0])} has a score but no token inside mask_N to carry it")
-    kl_N = kl_estimate(logprobs_N.detach(), reference_logprobs_N.detach(), estimator=kl_estimator)
-    rewards_N = -kl_coef * masked(kl_N, mask_N)
+    rewards_N = -kl_coef * masked(kl_N.detach(), mask_N)
     if length_normalised:
         rewards_N = rewards_N / per_token(length_B.clamp_min(1).to(rewards_N.dtype), offsets)
     return rewards_N + last_token(scores_B, mask_N, offsets).to(rewards_N.dtype)

@@ -8,6 +8,7 @@ the loss's own test file.
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from align_algos import (
     padded_offsets,
     register_loss,
 )
+from align_algos.losses import registry
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 # One entry for each variant that takes another path through the code.
@@ -65,6 +67,7 @@ NUMBERS: dict[str, list[dict[str, Any]]] = {
     "sft_mixing": [{"coef": 0.5}],
     "simpo": [{"beta": 2.0, "margin": 0.5, "label_smoothing": 0.1}],
     "value": [{"clip": 0.5}, {"clip": None}],
+    "vocab_kl": [{"coef": 0.1}],
 }
 SEQUENCES = 8
 
@@ -96,12 +99,13 @@ CASES = [Case(name, numbers) for name in loss_names() for numbers in NUMBERS.get
 every_loss = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-def make_batch(case: Case, seed: int) -> Batch:
+def make_batch(case: Case, seed: int, *, lengths: Tensor | None = None) -> Batch:
     """Float64 tensors for the parameters of the loss; 8 sequences of 0 to 5 tokens, one token each for unit token."""
     random = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 6, (SEQUENCES,), generator=random)
-    if case.unit == "token":
+    if lengths is None and case.unit == "token":
         lengths = torch.ones(3 * SEQUENCES, dtype=torch.int64)
+    elif lengths is None:
+        lengths = torch.randint(0, 6, (SEQUENCES,), generator=random)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     batch: Batch = {"offsets": offsets}
     for parameter in case.parameters:
@@ -320,6 +324,40 @@ def test_empty_micro_batch_is_zero_and_trains_nothing(case: Case) -> None:
 
 
 @every_loss
+def test_one_token_is_a_batch(case: Case) -> None:
+    """The smallest piece alone: one token, a pair of them, a group of one; twice the same over twice the count is it.
+
+    A group of one makes no pair, so it has loss 0 and trains nothing.
+    """
+    batch = make_batch(case, 11, lengths=torch.ones(2 if case.unit == "pair" else 1, dtype=torch.int64))
+    if "mask_N" in batch:
+        batch["mask_N"][:] = True
+    if "group_B" in batch:
+        batch["group_B"][:] = 5
+    once, gradient = call_with_gradient(case, batch, global_counts(case, batch))
+    sequences = list(range(len(batch["offsets"]) - 1))
+    twice, _ = take(batch, sequences + sequences)
+    if "group_B" in batch:
+        twice["group_B"] = torch.tensor([5, 6])
+        assert once.loss == 0.0 and not gradient.any()
+    output, gradient_of_twice = call_with_gradient(case, twice, global_counts(case, twice))
+    assert_close(output, once)
+    assert torch.isfinite(gradient).all()
+    assert_close(gradient_of_twice, torch.cat([gradient, gradient]) / 2)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.unit == "group"], ids=str)
+def test_all_tied_groups_are_zero_and_train_nothing(case: Case) -> None:
+    batch = make_batch(case, 12)
+    tied = torch.full_like(batch["labels_B" if "labels_B" in batch else "rewards_B"], 0.1)
+    batch |= {key: tied for key in ("labels_B", "rewards_B") if key in batch}
+    assert global_counts(case, batch) == {"num_pairs": 0}
+    output, gradient = call_with_gradient(case, batch, {"num_pairs": 0})
+    assert output.loss == 0.0 and not gradient.any()
+    assert all(value == 0.0 for value in output.metrics.values())
+
+
+@every_loss
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_is_refused_by_name(case: Case, bad: float) -> None:
     batch = make_batch(case, 6)
@@ -387,6 +425,78 @@ def test_bfloat16_columns_are_computed_in_float32() -> None:
     output = losses.sft_loss(logprobs, torch.ones(2, dtype=torch.bool), num_tokens=2)
     assert output.loss.dtype == torch.float32
     assert output.loss.item() == 1.00390625 / 2
+
+
+def bad_loss(fault: str, logprobs_N: Tensor, mask_N: Tensor, num_tokens: int) -> LossOutput:
+    """The SFT loss with one of the usual mistakes."""
+    if fault == "mean of the micro-batch":
+        num_tokens = max(int(mask_N.sum()), 1)
+    if fault == "0/0":
+        num_tokens = int(mask_N.sum())
+    if fault == "gradient of the wrong size":
+        logprobs_N = 2.0 * logprobs_N - logprobs_N.detach()
+    if fault in ("NaN computed with", "reads outside the mask", "0/0"):
+        inside_N = logprobs_N if fault == "reads outside the mask" else torch.where(mask_N, logprobs_N, 0.0)
+        loss = -inside_N.sum() / num_tokens
+        return LossOutput(loss, {"nll": loss.detach()})
+    return losses.sft_loss(logprobs_N, mask_N, num_tokens=num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("mean of the micro-batch", "any split into micro batches gives the same value and gradient"),
+        ("gradient of the wrong size", "gradient equals finite differences"),
+        ("reads outside the mask", "values outside the mask change nothing"),
+        ("NaN computed with", "a value that is not finite is refused by name"),
+        ("0/0", "empty micro batch is zero and trains nothing"),
+    ],
+)
+def test_a_loss_with_a_fault_fails_its_check(fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above can fail: each finds the fault it is there for, in a loss that somebody registers."""
+
+    def faulty(logprobs_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> LossOutput:
+        return bad_loss(fault, logprobs_N, mask_N, num_tokens)
+
+    entry = Loss(function=faulty, counts=("num_tokens",), unit="token")
+    monkeypatch.setitem(registry._LOSSES, "faulty", entry)
+    case = Case("faulty", {})
+    with pytest.raises(AssertionError):
+        test_every_loss_has_numbers()
+    function = globals()[f"test_{check.replace(' ', '_')}"]
+    if hasattr(function, "hypothesis"):
+        quick = settings(max_examples=20, deadline=None, database=None, report_multiple_bugs=False)
+        function = quick(given(data=st.data())(function.hypothesis.inner_test))
+    arguments = {"bad": float("nan")} if "bad" in inspect.signature(function).parameters else {}
+    with pytest.raises((AssertionError, RuntimeError, pytest.fail.Exception)):
+        function(case=case, **arguments)
+
+
+def install(folder: Path, point: str, source: str) -> None:
+    """A distribution with one entry point, as pip would leave it."""
+    folder.joinpath("third_party_loss.py").write_text(source, encoding="utf-8")
+    information = folder / "third_party_loss-1.0.dist-info"
+    information.mkdir()
+    information.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: third-party-loss\nVersion: 1.0\n")
+    information.joinpath("entry_points.txt").write_text(f"[align.losses]\n{point}\n", encoding="utf-8")
+
+
+def test_an_installed_package_adds_a_loss_that_cannot_skip_these_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "import align_algos\nMINE = align_algos.Loss(function=len, counts=('num_tokens',), unit='token')\n"
+    install(tmp_path, "mine = third_party_loss:MINE\nwrong = third_party_loss:align_algos", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"mine", "sft"} <= set(loss_names())
+    assert get_loss("mine").function is len
+    with pytest.raises(AssertionError):
+        test_every_loss_has_numbers()
+    with pytest.raises(
+        InputError, match=r"'wrong' of group 'align.losses' is module third_party_loss:align_algos; exp"
+    ):
+        get_loss("wrong")
+    with pytest.raises(InputError, match="already named 'mine'"):
+        register_loss("mine", get_loss("sft"))
 
 
 def test_unknown_name_lists_the_choices() -> None:

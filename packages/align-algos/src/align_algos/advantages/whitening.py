@@ -36,13 +36,13 @@ def whiten(x_N: Tensor, mask_N: Tensor, statistics: Moments, *, eps: float) -> T
         x_N: floating [N].
         mask_N: bool [N].
         statistics: of the global batch.
-        eps: added to the variance; without it a batch of equal values would be 0/0.
+        eps: added to the variance. Where both are 0 (equal values) there is nothing to scale by, and nothing is.
     """
     check_columns("token", check_mask(mask_N), x_N=x_N)
     check_number("eps", eps, low=0.0)
     weight = statistics.weight.clamp_min(1.0)
     mean = statistics.total / weight
-    variance = (statistics.total_square / weight - mean.square()).clamp_min(0.0)
+    variance = (statistics.total_square / weight - mean.square()).clamp_min(0.0) + eps
     inside_N = masked(x_N.detach(), mask_N)
-    whitened_N = (inside_N.double() - mean) / (variance + eps).sqrt()
+    whitened_N = (inside_N.double() - mean) / torch.where(variance > 0, variance.sqrt(), 1.0)
     return torch.where(mask_N, whitened_N, 0.0).to(inside_N.dtype)

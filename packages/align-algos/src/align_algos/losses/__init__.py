@@ -9,7 +9,7 @@ from align_algos.losses.grpo import grpo_loss
 from align_algos.losses.gspo import gspo_loss
 from align_algos.losses.hinge import hinge_loss
 from align_algos.losses.ipo import ipo_loss
-from align_algos.losses.kl_penalty import kl_loss
+from align_algos.losses.kl_penalty import kl_loss, vocab_kl_loss
 from align_algos.losses.kto import kto_kl, kto_loss
 from align_algos.losses.online_dpo import PairChoice, count_preferences, online_dpo_loss
 from align_algos.losses.orpo import orpo_loss
@@ -57,4 +57,5 @@ __all__ = [
     "sft_mixing_loss",
     "simpo_loss",
     "value_loss",
+    "vocab_kl_loss",
 ]

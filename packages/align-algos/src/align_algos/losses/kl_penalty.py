@@ -1,8 +1,11 @@
-"""KL to a reference as a loss of its own, from sampled tokens. See PAPERS.md#kl. Legend: N flat tokens."""
+"""KL to a reference as a loss of its own: estimated from sampled tokens, or exact. See PAPERS.md#kl.
+
+Legend: N flat tokens.
+"""
 
 from torch import Tensor
 
-from align_algos.checks import check_choice, check_mask, check_number
+from align_algos.checks import check_choice, check_columns, check_mask, check_number
 from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, kl_estimate
 from align_algos.losses.output import LossOutput
 from align_algos.reductions import token_mean
@@ -18,8 +21,6 @@ def kl_loss(
     estimator: LossEstimator = "k3",
 ) -> LossOutput:
     """`coef` times the estimate of KL(pi || reference), summed over the mask and divided by `num_tokens`.
-
-    For the KL over the whole vocabulary put `vocab_kl.token_kl` through `reductions.token_mean`.
 
     Args:
         logprobs_N: floating [N], log pi(token) under the trained policy, nats.
@@ -37,5 +38,20 @@ def kl_loss(
     check_choice("estimator", estimator, LOSS_ESTIMATORS)
     check_number("coef", coef, low=0.0)
     kl_N = kl_estimate(logprobs_N, reference_logprobs_N.detach(), estimator=estimator)
+    kl = token_mean(kl_N, mask_N, num_tokens=num_tokens)
+    return LossOutput(coef * kl, {"kl": kl.detach()})
+
+
+def vocab_kl_loss(kl_N: Tensor, mask_N: Tensor, *, num_tokens: int, coef: float) -> LossOutput:
+    """`coef` times KL(pi || reference) over the whole vocabulary, summed over the mask and divided by `num_tokens`.
+
+    Args:
+        kl_N: floating [N], exact KL of each next-token distribution, nats (`vocab_kl.token_kl`).
+        Others and Raises: as in `kl_loss`.
+    Returns:
+        metrics `kl`: mean, nats.
+    """
+    check_columns("token", check_mask(mask_N), kl_N=kl_N)
+    check_number("coef", coef, low=0.0)
     kl = token_mean(kl_N, mask_N, num_tokens=num_tokens)
     return LossOutput(coef * kl, {"kl": kl.detach()})

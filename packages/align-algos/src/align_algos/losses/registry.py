@@ -1,10 +1,14 @@
-"""Losses by name, with what a trainer must know to cut a batch for them. A third party adds one with `register_loss`.
+"""Losses by name, with what a trainer must know to cut a batch for them.
+
+A third party adds one with `register_loss`, or for every process of an installation in its own pyproject:
+`[project.entry-points."align.losses"]  mine = "my_package:MINE"`, where MINE is a `Loss`.
 
 The invariance tests run over this table, so a loss that is in it is tested, and a loss file that is not in it fails.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Literal
 
 from align_algos.errors import InputError
@@ -17,7 +21,7 @@ from align_algos.losses.grpo import grpo_loss
 from align_algos.losses.gspo import gspo_loss
 from align_algos.losses.hinge import hinge_loss
 from align_algos.losses.ipo import ipo_loss
-from align_algos.losses.kl_penalty import kl_loss
+from align_algos.losses.kl_penalty import kl_loss, vocab_kl_loss
 from align_algos.losses.kto import kto_loss
 from align_algos.losses.online_dpo import online_dpo_loss
 from align_algos.losses.orpo import orpo_loss
@@ -76,23 +80,39 @@ _LOSSES: dict[str, Loss] = {
     "sft_mixing": Loss(function=sft_mixing_loss, counts=_TOKENS, unit="token"),
     "simpo": Loss(function=simpo_loss, counts=_PAIRS, unit="pair"),
     "value": Loss(function=value_loss, counts=_TOKENS, unit="token"),
+    "vocab_kl": Loss(function=vocab_kl_loss, counts=_TOKENS, unit="token"),
 }
+
+ENTRY_POINTS = "align.losses"
 
 
 def loss_names() -> list[str]:
-    """The registered names, sorted."""
-    return sorted(_LOSSES)
+    """The registered names and those that installed packages offer, sorted."""
+    return sorted(_LOSSES.keys() | _offered().keys())
 
 
 def get_loss(name: str) -> Loss:
-    """The loss of that name; InputError lists the names there are."""
-    if name not in _LOSSES:
+    """The loss of that name; InputError lists the names there are. A name of ours cannot be taken by a package."""
+    if name in _LOSSES:
+        return _LOSSES[name]
+    offered = _offered()
+    if name not in offered:
         raise InputError(f"no loss is named {name!r}; choose one of {loss_names()}, or add it with register_loss")
-    return _LOSSES[name]
+    loss = offered[name].load()
+    if not isinstance(loss, Loss):
+        raise InputError(
+            f"the entry point {name!r} of group {ENTRY_POINTS!r} is {type(loss).__name__} {offered[name].value}; "
+            "expected an align_algos.Loss"
+        )
+    return loss
 
 
 def register_loss(name: str, loss: Loss) -> None:
     """Add a loss under a new name; a name that is taken is an error, never a replacement."""
-    if name in _LOSSES:
+    if name in loss_names():
         raise InputError(f"a loss is already named {name!r}; choose another name than {loss_names()}")
     _LOSSES[name] = loss
+
+
+def _offered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
