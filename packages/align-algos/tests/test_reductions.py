@@ -1,10 +1,22 @@
 """Reductions, worked by hand."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from align_algos import InputError, per_token, segment_lengths, segment_sum, sequence_mean, sequence_sum, token_mean
+from align_algos import (
+    InputError,
+    per_token,
+    reduce_tokens,
+    segment_lengths,
+    segment_sum,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+)
+from align_algos.reductions import REDUCTIONS
 
 # Sequences: tokens 0 to 2, none, tokens 3 and 4. Inside the mask: 1, 2 | | 6.
 X = torch.tensor([1.0, 2.0, 100.0, 6.0, 100.0])
@@ -36,6 +48,39 @@ def test_segments_by_hand() -> None:
 
 def test_segment_sum_gradient_equals_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: segment_sum(x, OFFSETS), (X.double().requires_grad_(),))
+
+
+def reduced(x: torch.Tensor, reduction: str, sequences: list[int]) -> torch.Tensor:
+    """These sequences of the batch above, over its global counts."""
+    bounds = OFFSETS.tolist()
+    tokens = [t for b in sequences for t in range(bounds[b], bounds[b + 1])]
+    offsets = torch.tensor([0, *(bounds[b + 1] - bounds[b] for b in sequences)]).cumsum(0)
+    numbers = {"num_tokens": 3, "num_sequences": 3, "length": 2.0}
+    return reduce_tokens(x[tokens], MASK[tokens], offsets=offsets, reduction=reduction, **numbers)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_reduction_adds_up_in_any_order_and_ignores_what_is_outside(reduction: str) -> None:
+    """All six orders, cut anywhere; gradients by finite differences; 1e30 outside the mask."""
+    x = X.double().requires_grad_()
+    whole = reduced(x, reduction, [0, 1, 2])
+    assert torch.autograd.gradcheck(lambda x: reduced(x, reduction, [0, 1, 2]), (x,))
+    (gradient,) = torch.autograd.grad(whole, x)
+    for order in itertools.permutations(range(3)):
+        for cut in range(4):
+            parts = reduced(x, reduction, [*order[:cut]]) + reduced(x, reduction, [*order[cut:]])
+            assert_close(parts, whole)
+            assert_close(torch.autograd.grad(parts, x)[0], gradient)
+    spoiled = torch.where(MASK, x.detach(), 1e30).requires_grad_()
+    assert torch.equal(reduced(spoiled, reduction, [0, 1, 2]), whole)
+    assert torch.equal(torch.autograd.grad(reduced(spoiled, reduction, [0, 1, 2]), spoiled)[0], gradient)
+    with pytest.raises(InputError, match="x_N holds nan at position 2"):
+        reduced(torch.where(MASK, X, torch.nan), reduction, [0, 1, 2])
+
+
+def test_per_token_gradient_equals_finite_differences() -> None:
+    x = torch.tensor([7.0, 8.0, 9.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: per_token(x, OFFSETS), (x,))
 
 
 def test_int32_offsets_are_accepted() -> None:

@@ -1,5 +1,7 @@
 """Reward shaping, worked by hand."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,7 +13,9 @@ from align_algos import (
     last_token,
     ngram_penalty,
     overlong_penalty,
+    rewards_with_kl,
     shaped_rewards,
+    token_kl,
 )
 
 # Two sequences: prompt, two sampled tokens; prompt, an observation, one sampled token, a token after it.
@@ -36,6 +40,14 @@ def test_shaped_rewards_by_hand() -> None:
     assert_close(shaped_rewards(*columns, kl_coef=0.1), expected)
     halved = torch.tensor([0.0, -0.025, 2.05, 0.0, 0.0, -1.2, 0.0])
     assert_close(shaped_rewards(*columns, kl_coef=0.1, length_normalised=True), halved)
+
+
+def test_the_exact_kl_as_reward() -> None:
+    """p = (1/4, 3/4) against q = (1/2, 1/2) on every token: 0.130812 (worked in test_vocab_kl.py), coefficient 0.1."""
+    kl = token_kl(torch.tensor([[0.0, math.log(3.0)]]).expand(7, 2), torch.zeros(7, 2))
+    rewards = rewards_with_kl(torch.tensor([2.0, -1.0]), kl, MASK, OFFSETS, kl_coef=0.1)
+    expected = torch.tensor([0.0, -0.0130812, 1.9869188, 0.0, 0.0, -1.0130812, 0.0])
+    assert_close(rewards, expected)
 
 
 def test_a_score_without_a_token_to_carry_it_is_refused() -> None:

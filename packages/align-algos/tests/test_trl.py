@@ -3,6 +3,11 @@
 TRL's losses are methods of its trainers, so they are called here with a stand-in for the trainer (its settings) and for
 the model (the log-probs it would give). TRL is needed by these tests only. Where ours differs on purpose, the test
 says how the two are brought together.
+
+Not compared, as TRL 1.16 has no such code to call: PPO's value loss, GAE and whitening (no PPO trainer any more),
+REINFORCE++, the KL over a vocabulary, overlong and n-gram penalties. The importance ratios of the engine are computed
+in the middle of its generation; here only their way into the loss is compared. TRL's other forms (exo_pair, nca_pair,
+bco_pair, sppo_hard, aot, apo, discopop, sapo, vespo, luspo) are not in this package.
 """
 
 import importlib
@@ -21,6 +26,7 @@ from align_algos import (
     dapo_loss,
     dpo_loss,
     dr_grpo_loss,
+    entropy_loss,
     flatten,
     group_normalised,
     grpo_loss,
@@ -31,15 +37,19 @@ from align_algos import (
     kto_loss,
     leave_one_out,
     negative_sequence_mask,
+    online_dpo_loss,
     orpo_loss,
     padded_offsets,
     per_token,
+    ppo_policy_loss,
     reward_loss,
     rloo_loss,
     robust_dpo_loss,
     sft_loss,
+    sft_mixing_loss,
     simpo_loss,
     token_logprobs,
+    truncated_importance,
     unflatten,
 )
 
@@ -142,6 +152,43 @@ def test_dpo_family(loss_type: str, function: Any, ours: dict[str, Any], theirs:
     data.compare(found, dpo_of_trl(data, loss_type, beta=0.3, **theirs))
 
 
+def test_dpo_with_label_smoothing() -> None:
+    """TRL smooths labels in its CPO trainer, which has no reference: ours gets the reference's log-ratio by hand."""
+    module, data = trl("experimental.cpo.cpo_trainer"), Data()
+    stand_in = trainer(alpha=0.0, loss_type="sigmoid", beta=0.3, label_smoothing=0.1)
+    losses, *_ = module.CPOTrainer.cpo_loss(stand_in, *(data.policy - data.reference).sum(1).chunk(2))
+    columns, mask, offsets = data.pairs(data.policy, data.reference)
+    data.compare(dpo_loss(*columns, mask, offsets, beta=0.3, num_pairs=3, label_smoothing=0.1).loss, losses.mean())
+
+
+def test_dpo_with_sft_mixing() -> None:
+    """The supervised term of TRL is a mean over the chosen tokens of the micro-batch, here those of the batch."""
+    data = Data()
+    theirs = dpo_of_trl(data, "sigmoid", beta=0.3, loss_types=["sigmoid", "sft"], loss_weights=[1.0, 0.5])
+    columns, mask, offsets = data.pairs(data.policy, data.reference)
+    chosen = mask & (per_token(torch.tensor([1.0, 0.0] * 3), offsets) > 0)
+    mixed = sft_mixing_loss(columns[0], chosen, num_tokens=int(chosen.sum()), coef=0.5).loss
+    data.compare(dpo_loss(*columns, mask, offsets, beta=0.3, num_pairs=3).loss + mixed, theirs)
+
+
+def test_online_dpo() -> None:
+    """Two completions of each prompt. TRL takes the first of two equal rewards as better, ours makes no pair."""
+    module, data = trl("experimental.online_dpo.online_dpo_trainer"), Data()
+    arguments = SimpleNamespace(use_vllm=False, missing_eos_penalty=None, loss_type="sigmoid", optim="adamw", n_gpu=1)
+    arguments.torch_empty_cache_steps, arguments.gradient_accumulation_steps = None, 1
+    stand_in = trainer(beta=0.3, ref_model="reference", eos_token_ids=[1], args=arguments)
+    ids = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
+    stand_in._generate = lambda *_: (ids[:, :1], ids[:, :1] + 1, ids, data.mask.long(), None)
+    stand_in._forward = lambda model, *_: data.reference if model == "reference" else data.policy
+    stand_in._calculate_rewards_from_functions = lambda **_: data.rewards
+    losses: list[Tensor] = []
+    stand_in.accelerator.backward = losses.append
+    module.OnlineDPOTrainer.training_step(stand_in, MagicMock(), {"prompt": ["a", "b", "c"]})
+    columns, mask, offsets = data.flat(data.policy, data.reference)
+    rewards = {"rewards_B": data.rewards, "group_B": torch.tensor([0, 1, 2, 0, 1, 2])}  # TRL: all first, all second
+    data.compare(online_dpo_loss(*columns, mask, offsets, **rewards, beta=0.3, num_pairs=3).loss, losses[0])
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_simpo(label_smoothing: float) -> None:
     """TRL takes means of the log-probs before this method, and the margin in units of reward as ours."""
@@ -194,11 +241,13 @@ def grpo_of_trl(data: Data, advantages: Tensor, loss_type: str, **settings: Any)
     defaults = {"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "importance_sampling_level": "token"}
     defaults |= {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.3, "use_vllm": False, "max_completion_length": 9}
     defaults |= {"_entropy_bonus_enabled": False, "current_gradient_accumulation_steps": 1, "loss_type": loss_type}
+    entropies = settings.pop("entropies", torch.zeros_like(data.policy))
     stand_in = trainer(args=arguments, **(defaults | settings))
-    stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (data.policy, torch.zeros_like(data.policy), None)
+    stand_in._get_per_token_logps_and_entropies = lambda *_, **__: (data.policy, entropies, None)
     stand_in.get_off_policy_mask = module.GRPOTrainer.get_off_policy_mask
     ids = torch.zeros(SEQUENCES, LENGTH, dtype=torch.int64)
     inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids}
+    inputs["importance_sampling_ratio"] = settings.get("importance_sampling_ratio")
     inputs |= {"completion_mask": data.mask.long(), "advantages": advantages, "old_per_token_logps": data.old}
     inputs |= {"ref_per_token_logps": data.reference, "num_items_in_batch": data.mask.sum()}
     with warnings.catch_warnings():
@@ -241,6 +290,47 @@ def test_grpo_variants(loss_type: str, function: Any, ours: dict[str, Any], thei
         output = function(*tensors, **ours, **extra, **sequences)
     assert output.metrics["clip_fraction"] > 0
     data.compare(output.loss, grpo_of_trl(data, advantages, loss_type, **theirs))
+
+
+def test_dual_clip() -> None:
+    """TRL's two-sided clipping holds the ratio at `delta` whatever the advantage; for a positive one the clip does."""
+    data = Data()
+    with torch.no_grad():
+        data.old -= 1.5 * data.mask  # ratios around e^1.5 = 4.5
+    advantages = group_normalised(data.rewards, data.groups)
+    columns, mask, offsets = data.flat(data.policy, data.old)
+    tensors = (*columns, per_token(advantages, offsets), mask)
+    ours = ppo_policy_loss(*tensors, **TOKENS, **CLIP, dual_clip=4.0).loss
+    assert ours < ppo_policy_loss(*tensors, **TOKENS, **CLIP).loss
+    data.compare(ours, grpo_of_trl(data, advantages, "dapo", delta=4.0))
+
+
+def test_entropy_bonus() -> None:
+    """A mean over tokens whatever the policy loss is divided by, as ours. The entropies here are any differentiable."""
+    data = Data()
+    advantages = group_normalised(data.rewards, data.groups)
+    settings = {"_entropy_bonus_enabled": True, "use_adaptive_entropy": False, "entropy_coef": 0.2}
+    theirs = grpo_of_trl(data, advantages, "grpo", entropies=data.policy.square(), **settings)
+    columns, mask, offsets = data.flat(data.policy, data.old, data.policy.square())
+    tensors = (*columns[:2], per_token(advantages, offsets), mask)
+    ours = grpo_loss(*tensors, **SEQUENCE, **CLIP, reduction="sequence_mean", offsets=offsets).loss
+    data.compare(ours + entropy_loss(columns[2], mask, **TOKENS, coef=0.2).loss, theirs)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_correction_weights(level: str) -> None:
+    """Weights of engine against trainer multiply each token's loss, and never the KL term."""
+    data = Data()
+    advantages = group_normalised(data.rewards, data.groups)
+    columns, mask, offsets = data.flat(data.policy, data.old, data.reference)
+    engine = data.flat(data.old + 0.3 * (data.reference - data.old))[0][0]
+    weights = truncated_importance(columns[1], engine, mask, offsets, **TOKENS, level=level, cap=1.05).weights_N
+    assert (weights[mask] < 1.0).any() and (weights == 1.05).any()
+    kl = {"kl_coef": 0.1, "reference_logprobs_N": columns[2], "weights_N": weights}
+    ours = grpo_loss(*columns[:2], per_token(advantages, offsets), mask, **TOKENS, **CLIP, **kl).loss
+    ratios = unflatten(weights, torch.ones_like(data.mask))
+    settings = {"use_vllm": True, "vllm_importance_sampling_correction": True, "importance_sampling_ratio": ratios}
+    data.compare(ours, grpo_of_trl(data, advantages, "bnpo", beta=0.1, **settings))
 
 
 def test_group_advantages() -> None:

@@ -52,3 +52,22 @@ def test_baseline_is_the_mean_log_ratio_over_the_global_batch() -> None:
 def test_flags_that_are_not_bool_are_refused() -> None:
     with pytest.raises(InputError, match=r"desirable_B has dtype torch.int64; expected torch.bool"):
         kto_loss(*RESPONSES, desirable_B=DESIRABLE.long(), beta=0.5, kl=0.0, num_sequences=2)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_baseline_adds_up_over_micro_batches(cut: int) -> None:
+    """3 over 2 sequences and -1 over 2, in either micro-batch: 1.5 - 0.5 = 1. 1e30 outside the mask does not matter."""
+    bounds = OFFSETS.tolist()
+    policy = torch.where(MASK, POLICY, 1e30)
+    kl = torch.tensor(0.0)
+    for first, last in ((0, cut), (cut, 2)):
+        columns = (column[bounds[first] : bounds[last]] for column in (policy, REFERENCE, MASK))
+        kl += kto_kl(*columns, OFFSETS[first : last + 1] - bounds[first], num_sequences=2)
+    assert_close(kl, torch.tensor(1.0))
+
+
+def test_baseline_refuses_nan_by_name_and_small_counts() -> None:
+    with pytest.raises(InputError, match="reference_logprobs_N holds nan at position 0"):
+        kto_kl(POLICY, REFERENCE * torch.nan, MASK, OFFSETS, num_sequences=2)
+    with pytest.raises(InputError, match="num_sequences is 1, but this micro-batch alone has 2"):
+        kto_kl(POLICY, REFERENCE, MASK, OFFSETS, num_sequences=1)

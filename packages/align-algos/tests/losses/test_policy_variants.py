@@ -12,13 +12,19 @@ from align_algos import (
     dapo_loss,
     dr_grpo_loss,
     entropy_loss,
+    group_normalised,
     grpo_loss,
     gspo_loss,
     kl_loss,
+    moments,
+    per_token,
     ppo_policy_loss,
     reinforce_pp_loss,
     rloo_loss,
     sft_mixing_loss,
+    token_kl,
+    vocab_kl_loss,
+    whiten,
 )
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
@@ -127,6 +133,21 @@ def test_reinforce_pp_adds_k2() -> None:
     assert_close(output.metrics["kl"], torch.tensor(0.125))
 
 
+def test_reinforce_pp_with_a_baseline_by_hand() -> None:
+    """Rewards 3 and 1 of one prompt, 2 tokens and 1: less their mean 1, 1 | -1; of the batch mean 1/3, variance 8/9.
+
+    (1 - 1/3) / 0.942809 = 0.707107 and (-1 - 1/3) / 0.942809 = -1.414214; on policy minus their mean is 0.
+    """
+    centred = per_token(group_normalised(torch.tensor([3.0, 1.0]), torch.tensor([4, 4]), std=False), OFFSETS)
+    advantages = whiten(centred, MASK, moments(centred, MASK), eps=1e-8)
+    assert_close(advantages, torch.tensor([0.707107, 0.707107, -1.414214]))
+    logprobs = OLD.clone().requires_grad_()
+    output = reinforce_pp_loss(logprobs, OLD, advantages, MASK, num_tokens=3)
+    assert_close(output.loss, torch.tensor(0.0))
+    (gradient,) = torch.autograd.grad(output.loss, logprobs)
+    assert_close(gradient, -advantages / 3)
+
+
 def test_entropy_bonus_by_hand() -> None:
     """Mean of 1 and 2 inside the mask, coefficient 0.1: -0.15."""
     mask = torch.tensor([True, True, False])
@@ -142,6 +163,19 @@ def test_kl_penalty_by_hand(estimator: str, expected: float) -> None:
     output = kl_loss(torch.tensor([-math.log(2.0)]), torch.zeros(1), one, num_tokens=1, coef=0.5, estimator=estimator)
     assert_close(output.loss, torch.tensor(0.5 * expected))
     assert_close(output.metrics["kl"], torch.tensor(expected))
+
+
+def test_the_exact_kl_as_loss_by_hand() -> None:
+    """Mean of 1 and 2 nats inside the mask, coefficient 0.1: 0.15. The way from logits: a reference of equal logits."""
+    mask = torch.tensor([True, True, False])
+    output = vocab_kl_loss(torch.tensor([1.0, 2.0, 9.0]), mask, num_tokens=2, coef=0.1)
+    assert_close(output.loss, torch.tensor(0.15))
+    assert_close(output.metrics["kl"], torch.tensor(1.5))
+    logits = torch.tensor([[0.0, math.log(3.0)]] * 3, requires_grad=True)
+    loss = vocab_kl_loss(token_kl(logits, torch.zeros(3, 2)), mask, num_tokens=2, coef=1.0).loss
+    assert_close(loss, torch.tensor(0.130812))  # worked in test_vocab_kl.py
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient[0, 1] > 0 > gradient[0, 0] and not gradient[2].any()  # towards the uniform reference
 
 
 def test_k1_is_refused_as_a_loss() -> None:
