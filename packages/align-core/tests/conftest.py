@@ -1,5 +1,6 @@
 """Two model directories with real tokenizers: the tiny Llama's SentencePiece, and a byte-level one for chats."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer as chat models have it: bytes, no space put in front, merges over line ends, ChatML."""
+def chat_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A tokenizer as chat models have it: bytes, no space put in front, merges over line ends, ChatML. No weights."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -45,4 +46,5 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", chat_template=CHAT_TEMPLATE
     ).save_pretrained(directory)
+    shutil.copy(tiny_model / "config.json", directory)
     return directory

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from align_core.cli import main
+from align_core.config import ParallelConfig
 from align_core.errors import AlignError
 from align_core.model_shape import read_model_shape
 from align_core.stages.dry_run import plan_lines
+from align_core.stages.rlhf import run_rlhf
 
 
 def test_sizes_are_read_from_either_form(tiny_model: Path) -> None:
@@ -41,6 +43,11 @@ def test_plan_says_what_the_stage_would_say(make_config: Callable[..., Any], tmp
         ({"data": tmp_path / "nowhere"}, "data file '.*nowhere' does not exist"),
         ({"max_length": 4096}, "max_length 4096 is beyond the 256 positions"),
         ({"batch_size": 12}, "10 records are fewer than a batch of 12"),
+        (
+            {"parallel": ParallelConfig(tensor=3)},
+            "tensor parallel size 3 does not divide 4 attention heads; use 1, 2 or 4",
+        ),
+        ({"parallel": ParallelConfig(pipeline=5)}, "pipeline parallel size 5 does not divide"),
     ):
         with pytest.raises(AlignError, match=message):
             plan_lines(make_config("sft", **changes))
@@ -63,3 +70,22 @@ def test_tokenizer_of_another_model_is_told(make_config: Callable[..., Any], tmp
     (other / "config.json").write_text(json.dumps({**raw, "vocab_size": 100}))
     with pytest.raises(AlignError, match=r"has \d+ tokens, the model only 100; use the tokenizer that belongs"):
         plan_lines(make_config("sft", model=other))
+
+
+def test_every_model_is_looked_at_before_anything_starts(
+    make_config: Callable[..., Any], tmp_path: Path, fake_world: Callable[..., Any]
+) -> None:
+    """The reward model of a PPO run is of an architecture that is not known; the world has made no model by then."""
+    other = tmp_path / "other"
+    other.mkdir()
+    raw = json.loads((make_config("sft").model / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps({**raw, "architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    )
+    config = make_config("rlhf", reward_model=other)
+    with pytest.raises(AlignError, match="mamba"):
+        plan_lines(config)
+    world = fake_world()
+    with pytest.raises(AlignError, match="mamba"):
+        run_rlhf(config, world)
+    assert not config.out.exists()

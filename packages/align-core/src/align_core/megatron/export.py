@@ -7,7 +7,7 @@ from pathlib import Path
 from align_convert.copy import to_hf
 from align_convert.source import load_any
 from align_core.atomic import replace_directory, write_json
-from align_core.megatron.source import translated_errors
+from align_core.layouts import translated_errors
 from align_core.text import load_tokenizer
 
 

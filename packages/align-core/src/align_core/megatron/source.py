@@ -1,17 +1,12 @@
 """Opens a checkpoint directory for a trainer and checks that the model can be what is asked of it, before any process
-group, device or large tensor exists. Errors of align_convert leave here as those of align_core.
+group, device or large tensor exists.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 from align_convert.config import ModelConfig
-from align_convert.errors import ConfigError as ConvertConfigError
-from align_convert.errors import ConvertError
-from align_convert.errors import LayoutError as ConvertLayoutError
 from align_convert.source import Source, load_any
 from align_core.config import TrainerConfig
-from align_core.errors import CheckpointError, ConfigError, LayoutError
+from align_core.errors import ConfigError
+from align_core.layouts import translated_errors
 from align_core.megatron.model import layout_of
 
 
@@ -52,16 +47,3 @@ def _check_supported(model: ModelConfig, config: TrainerConfig) -> None:
             f"training does not do; set it to null, and max_position_embeddings ({model.max_positions}) to at most "
             f"{window}: shorter sequences are the same with and without the window"
         )
-
-
-@contextlib.contextmanager
-def translated_errors() -> Iterator[None]:
-    """Within it, errors of align_convert become the ones that users of align_core know."""
-    try:
-        yield
-    except ConvertLayoutError as error:
-        raise LayoutError(str(error)) from error
-    except ConvertConfigError as error:
-        raise ConfigError(str(error)) from error
-    except ConvertError as error:
-        raise CheckpointError(str(error)) from error

@@ -24,7 +24,7 @@ from align_core.types import Batch
 
 def run_dpo(config: DpoConfig, world: World) -> None:
     """Trains `config.model` on the preferences in `config.data`; the result is a Megatron checkpoint in OUT/model."""
-    tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    tokenizer = open_tokenizer(config)
     encode = partial(encode_pair, tokenizer, template=config.template, max_length=config.max_length)
     data = open_data(config, read_preferences, encode)
     records, held_out, order = data.records, data.held_out, data.order

@@ -38,7 +38,7 @@ def plan_lines(config: StageConfig) -> list[Line]:
     Raises:
         AlignError: what the stage would say before it starts a process.
     """
-    open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    open_tokenizer(config)
     shape = read_model_shape(config.model)
     return [
         *_model_lines(config, shape),

@@ -29,7 +29,7 @@ Marked = tuple[Example, bool]
 
 def run_kto(config: KtoConfig, world: World) -> None:
     """Trains `config.model` on the marked responses in `config.data`; the result is a Megatron checkpoint."""
-    tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    tokenizer = open_tokenizer(config)
 
     def encode(record: MarkedRecord) -> Marked:
         example = encode_example(

@@ -28,7 +28,7 @@ def annotate_responses(config: ResponsesConfig, world: World, *, head: Head, ann
     """
     if config.out.exists():
         raise DataError(f"{str(config.out)!r} exists already; remove it or choose another --out")
-    tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    tokenizer = open_tokenizer(config)
 
     def encode(record: ResponsesRecord) -> list[Example]:
         return [

@@ -21,7 +21,7 @@ from align_core.types import Batch
 
 def run_reward(config: RewardConfig, world: World) -> None:
     """Trains a scalar head and the backbone of `config.model`; what `config.eval_data` shows goes to result.json."""
-    tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    tokenizer = open_tokenizer(config)
 
     def encode(record: RankedRecord) -> tuple[list[Example], Sequence[float]]:
         return _encode(tokenizer, record, config), record.scores

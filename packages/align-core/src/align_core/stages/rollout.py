@@ -55,7 +55,7 @@ class Prompts:
 
     def __init__(self, config: PolicyConfig) -> None:
         """Raises DataError for a bad file, or when `sampling.max_tokens` leaves no room for a prompt."""
-        self.tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+        self.tokenizer = open_tokenizer(config)
         self._encode = partial(_encode, tokenizer=self.tokenizer, template=config.template, max_tokens=_room(config))
         self._size = config.batch_size
         self._first_held_out = config.steps * config.batch_size

@@ -15,7 +15,7 @@ from align_core.types import Batch
 
 def run_sft(config: SftConfig, world: World) -> None:
     """Trains `config.model` on `config.data`; the result is a Megatron checkpoint in OUT/model."""
-    tokenizer = open_tokenizer(config.model, template=config.template, max_length=config.max_length)
+    tokenizer = open_tokenizer(config)
 
     def encode(record: SftRecord) -> Example:
         return encode_sft(
