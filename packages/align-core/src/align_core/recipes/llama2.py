@@ -5,8 +5,9 @@ data parallel 1. Where the tutorial's value is one that biases training (top_p 0
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from align_core.config import (
     DpoConfig,
@@ -66,51 +67,36 @@ _SIZES = {
 
 def _stages(size: _Size) -> Mapping[str, Recipe]:
     training = TrainingConfig(dtype="bfloat16", micro_batch_tokens=size.micro_batch_tokens)
-    engine = EngineConfig(tensor=size.engine_tensor, dtype="bfloat16", context=_RL_LENGTH)
+    tuned: dict[str, Any] = {"parallel": size.parallel, "training": training}
+    preferred: dict[str, Any] = {"max_length": _RL_LENGTH, "parallel": size.policy, "training": training}
+    sampled: dict[str, Any] = {
+        **preferred,
+        "steps": 200,
+        "updates_per_rollout": 8,
+        "save_every": 50,
+        "optimizer": _POLICY,
+        "engine": EngineConfig(tensor=size.engine_tensor, dtype="bfloat16", context=_RL_LENGTH),
+    }
     eight = SamplingConfig(n=8, max_tokens=512)
 
     def sft(model: Path, data: Path, out: Path) -> StageConfig:
         """1000 steps of 64 sequences of up to 2048 tokens."""
         optimizer = OptimizerConfig(lr=2e-5, min_lr=6e-12, schedule="cosine", warmup_steps=40, beta2=0.999)
-        return SftConfig(
-            model=model, data=data, out=out, optimizer=optimizer, parallel=size.parallel, training=training
-        )
+        return SftConfig(model=model, data=data, out=out, optimizer=optimizer, **tuned)
 
     def reward(model: Path, data: Path, out: Path) -> StageConfig:
         """The same with a long warm-up and weight decay."""
         optimizer = OptimizerConfig(lr=1e-5, min_lr=6e-12, schedule="cosine", warmup_steps=300, weight_decay=0.1)
-        return RewardConfig(
-            model=model, data=data, out=out, optimizer=optimizer, parallel=size.parallel, training=training
-        )
+        return RewardConfig(model=model, data=data, out=out, optimizer=optimizer, **tuned)
 
     def dpo(model: Path, data: Path, out: Path) -> StageConfig:
         """128 pairs a step; the tutorial's clip_grad for DPO is 5."""
-        optimizer = OptimizerConfig(
-            lr=2.4e-7, min_lr=1e-9, schedule="linear", warmup_steps=100, weight_decay=0.01, clip_grad=5.0
-        )
-        return DpoConfig(
-            model=model,
-            data=data,
-            out=out,
-            batch_size=128,
-            max_length=_RL_LENGTH,
-            optimizer=optimizer,
-            parallel=size.policy,
-            training=training,
-        )
+        optimizer = replace(_POLICY, clip_grad=5.0)
+        return DpoConfig(model=model, data=data, out=out, batch_size=128, optimizer=optimizer, **preferred)
 
     def kto(model: Path, data: Path, out: Path) -> StageConfig:
         """As DPO, with twice the responses; the tutorial has no KTO."""
-        return KtoConfig(
-            model=model,
-            data=data,
-            out=out,
-            batch_size=256,
-            max_length=_RL_LENGTH,
-            optimizer=_POLICY,
-            parallel=size.policy,
-            training=training,
-        )
+        return KtoConfig(model=model, data=data, out=out, batch_size=256, optimizer=_POLICY, **preferred)
 
     def rlhf(model: Path, data: Path, out: Path) -> StageConfig:
         """1024 prompts a step, in eight updates of 128."""
@@ -118,19 +104,12 @@ def _stages(size: _Size) -> Mapping[str, Recipe]:
             model=model,
             data=data,
             out=out,
-            steps=200,
             batch_size=1024,
-            max_length=_RL_LENGTH,
-            updates_per_rollout=8,
-            save_every=50,
-            optimizer=_POLICY,
-            parallel=size.policy,
             value_parallel=size.policy,
             reward_model_parallel=size.policy,
-            training=training,
             sampling=SamplingConfig(max_tokens=512),
-            engine=engine,
             reward_model=model,  # a placeholder, as all paths of a recipe are
+            **sampled,
         )
 
     def online_dpo(model: Path, data: Path, out: Path) -> StageConfig:
@@ -139,36 +118,15 @@ def _stages(size: _Size) -> Mapping[str, Recipe]:
             model=model,
             data=data,
             out=out,
-            steps=200,
             batch_size=128,
-            max_length=_RL_LENGTH,
-            updates_per_rollout=8,
-            save_every=50,
-            optimizer=_POLICY,
-            parallel=size.policy,
             reward_model_parallel=size.policy,
-            training=training,
             sampling=eight,
-            engine=engine,
+            **sampled,
         )
 
     def grpo(model: Path, data: Path, out: Path) -> StageConfig:
         """128 prompts of eight replies a step, with a verifiable reward."""
-        return GrpoConfig(
-            model=model,
-            data=data,
-            out=out,
-            steps=200,
-            batch_size=128,
-            max_length=_RL_LENGTH,
-            updates_per_rollout=8,
-            save_every=50,
-            optimizer=_POLICY,
-            parallel=size.policy,
-            training=training,
-            sampling=eight,
-            engine=engine,
-        )
+        return GrpoConfig(model=model, data=data, out=out, batch_size=128, sampling=eight, **sampled)
 
     return {
         "sft": sft,

@@ -4,7 +4,9 @@ Nine attention heads and three key/value heads allow tensor parallel 1 or 3, nev
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from align_core.config import (
     DpoConfig,
@@ -21,6 +23,14 @@ from align_core.config import (
 )
 
 _CONTEXT = 512
+_SHORT: dict[str, Any] = {"steps": 20, "max_length": _CONTEXT}
+_SAMPLED: dict[str, Any] = {
+    **_SHORT,
+    "save_every": 5,
+    "optimizer": OptimizerConfig(lr=1e-6, schedule="constant"),
+    "engine": EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+}
+_WARMED = OptimizerConfig(lr=1e-5, schedule="cosine", warmup_steps=2)
 
 
 def sft(model: Path, data: Path, out: Path) -> SftConfig:
@@ -29,10 +39,9 @@ def sft(model: Path, data: Path, out: Path) -> SftConfig:
         model=model,
         data=data,
         out=out,
-        steps=20,
         batch_size=4,
-        max_length=_CONTEXT,
-        optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup_steps=2),
+        optimizer=_WARMED,
+        **_SHORT,
     )
 
 
@@ -42,10 +51,9 @@ def reward(model: Path, data: Path, out: Path) -> RewardConfig:
         model=model,
         data=data,
         out=out,
-        steps=20,
         batch_size=4,
-        max_length=_CONTEXT,
-        optimizer=OptimizerConfig(lr=1e-5, schedule="cosine", warmup_steps=2),
+        optimizer=_WARMED,
+        **_SHORT,
     )
 
 
@@ -55,13 +63,9 @@ def grpo(model: Path, data: Path, out: Path) -> GrpoConfig:
         model=model,
         data=data,
         out=out,
-        steps=20,
         batch_size=4,
-        max_length=_CONTEXT,
-        save_every=5,
-        optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
         sampling=SamplingConfig(n=4, max_tokens=128),
-        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+        **_SAMPLED,
     )
 
 
@@ -72,15 +76,11 @@ def rlhf(model: Path, data: Path, out: Path) -> RlhfConfig:
         reward_model=model,  # a placeholder, as all paths of a recipe are
         data=data,
         out=out,
-        steps=20,
         batch_size=16,
-        max_length=_CONTEXT,
-        save_every=5,
-        optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
         value_optimizer=OptimizerConfig(lr=1e-5, schedule="constant"),
         value_warmup=2,
         sampling=SamplingConfig(max_tokens=128),
-        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+        **_SAMPLED,
     )
 
 
@@ -90,13 +90,9 @@ def online_dpo(model: Path, data: Path, out: Path) -> OnlineDpoConfig:
         model=model,
         data=data,
         out=out,
-        steps=20,
         batch_size=4,
-        max_length=_CONTEXT,
-        save_every=5,
-        optimizer=OptimizerConfig(lr=1e-6, schedule="constant"),
         sampling=SamplingConfig(n=4, max_tokens=128),
-        engine=EngineConfig(context=_CONTEXT, kv_cache_mib=400, max_sequences=64),
+        **_SAMPLED,
     )
 
 
@@ -106,10 +102,9 @@ def dpo(model: Path, data: Path, out: Path) -> DpoConfig:
         model=model,
         data=data,
         out=out,
-        steps=20,
         batch_size=4,
-        max_length=_CONTEXT,
-        optimizer=OptimizerConfig(lr=1e-6, schedule="cosine", warmup_steps=2),
+        optimizer=replace(_WARMED, lr=1e-6),
+        **_SHORT,
     )
 
 
@@ -119,10 +114,9 @@ def kto(model: Path, data: Path, out: Path) -> KtoConfig:
         model=model,
         data=data,
         out=out,
-        steps=20,
         batch_size=8,
-        max_length=_CONTEXT,
-        optimizer=OptimizerConfig(lr=1e-6, schedule="cosine", warmup_steps=2),
+        optimizer=replace(_WARMED, lr=1e-6),
+        **_SHORT,
     )
 
 
