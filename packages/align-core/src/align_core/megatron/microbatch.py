@@ -193,4 +193,9 @@ def _buckets(lengths: NDArray[np.int64], device: torch.device) -> tuple[tuple[Bu
 
 def _to(array: NDArray[np.generic], device: torch.device) -> Tensor:
     # A copy: columns may be read-only views that torch would refuse to wrap.
-    return torch.from_numpy(np.array(array)).to(device)
+    held = torch.from_numpy(np.array(array))
+    if device.type != "cuda":
+        return held.to(device)
+    # From pageable memory the host would wait for all that the device has to do before, and could not queue the loss
+    # and the backward pass behind the forward pass.
+    return held.pin_memory().to(device, non_blocking=True)
