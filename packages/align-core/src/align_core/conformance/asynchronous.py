@@ -9,9 +9,15 @@ import numpy as np
 
 from align_core.config import SamplingConfig
 from align_core.conformance.expectations import draw_prompts, expect, refused
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSource
+from align_core.contracts import (
+    RolloutEngine,
+    SupportsAsyncGenerate,
+    SupportsSleep,
+    SupportsTokenStream,
+    WeightSource,
+)
 from align_core.errors import DataError, SyncError
-from align_core.types import Completion, Prompt
+from align_core.types import Completion, Piece, Prompt
 
 _PATIENCE_S = 120.0
 
@@ -36,6 +42,35 @@ def check_async(engine: AsyncEngine, *, vocab_size: int, context: int, eos_ids: 
     _check_limits_a_prompt(engine, prompts, sampling, eos_ids)
     _check_abort(engine, prompts, dataclasses.replace(sampling, max_tokens=context - 8))
     _check_pause(engine, prompts, sampling, expected)
+    if isinstance(engine, SupportsTokenStream):
+        _check_tokens_as_they_come(engine, engine, prompts, sampling, expected)
+
+
+def _check_tokens_as_they_come(
+    engine: AsyncEngine,
+    stream: SupportsTokenStream,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    expected: Sequence[Completion],
+) -> None:
+    """What a listener hears of a completion adds up to it, and says at its last piece that it has ended."""
+    heard: list[Piece] = []
+    stream.listen(heard.append)
+    engine.submit(prompts, sampling)
+    found = _drain(engine, len(expected))
+    stream.listen(None)
+    for completion in found:
+        key = (completion.prompt_id, completion.sample)
+        pieces = [piece for piece in heard if (piece.prompt_id, piece.sample) == key]
+        tokens = [token for piece in pieces for token in piece.tokens]
+        expect(tokens == completion.tokens.tolist(), f"the tokens heard of completion {key} are not its tokens")
+        reasons = [piece.finish_reason for piece in pieces]
+        ends = [*[None] * (len(pieces) - 1), completion.finish_reason]
+        expect(reasons == ends, f"completion {key} must be heard to end once, as {completion.finish_reason!r}")
+    told = len(heard)
+    engine.submit(prompts[:1], sampling)
+    _drain(engine, sampling.n)
+    expect(len(heard) == told, "a listener that was taken back still hears")
 
 
 def check_change_on_the_way(

@@ -67,7 +67,8 @@ class RankWeights:
         self._parts = [part for chunk, shards in enumerate(plans) for part in held_parts(shards, metas, chunk=chunk)]
         self._sums: PartSums | None = None
         self._end = LinkEnd()
-        self._kept: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}
+        self._kept = False
 
     def parts(self) -> list[Part]:
         """Which parts of which weights this rank holds."""
@@ -101,7 +102,7 @@ class RankWeights:
 
     def send(self, seat: Seat | None, rows: Rows | None) -> dict[str, int]:
         """Sends to the engines' ranks, from `seat` if it is another one than before; `checksums` over `rows`."""
-        self._kept = {}
+        self._kept = False
         if not self._parts:
             return {}
         if seat is not None:
@@ -111,13 +112,22 @@ class RankWeights:
 
     def keep(self) -> None:
         """Copies what was last sent into the host's memory, because it is about to change."""
-        if not self._kept:
-            self._kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors().items()}
+        if self._kept:
+            return
+        tensors = self.tensors()
+        for name, tensor in tensors.items():
+            if name not in self._room:  # pinned, without which a copy from a GPU takes ten times as long
+                self._room[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._room[name].copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        self._kept = True
 
     def as_sent(self, chunk: int) -> dict[str, Tensor]:
         """A chunk's tensors by megatron-core name, where they have changed since they were last sent: as they were."""
         prefix = _tensor_name(chunk, "")
-        return {name.removeprefix(prefix): kept for name, kept in self._kept.items() if name.startswith(prefix)}
+        kept = self._room.items() if self._kept else ()
+        return {name.removeprefix(prefix): tensor for name, tensor in kept if name.startswith(prefix)}
 
     def close(self) -> None:
         """Leaves the engines' ranks."""
