@@ -40,7 +40,10 @@ from align_core.ray.source import DirectWorkersSource, LinkedWorkersSource
 from align_core.ray.workers import Processes, WorkerGroup
 from align_core.ray.world import RayWorld
 from align_core.stages.sync import synchronise
+from align_core.transfer.links import Link
 from align_core.transfer.rectangles import Rows, slices
+from align_core.transfer.rendezvous import open_meeting
+from align_core.transfer.seats import Meeting
 from align_core.types import Completion, Prompt, checksum
 from align_rollout.bench import Load, measure_beside_plain
 from align_rollout.vllm import VllmEngine
@@ -192,6 +195,11 @@ def in_one_process(model: Path, arguments: argparse.Namespace, results: Results)
         results.add(checksums_equal_the_hosts=check_kernel(trainer), seconds_of_checksums=time_checksums(trainer))
     with results.guard("sync"):
         measure_syncs(trainer.train, source, engine, results)
+    if cuda:
+        with results.guard("nccl"):  # as far as one GPU goes: NCCL takes one rank a GPU
+            meeting = Meeting(place=open_meeting(), senders=1, receivers=0, backend="nccl")
+            Link(meeting, 0).close()
+            results.add(nccl_group_of_one_opened_and_left=True)
     with results.guard("logprobs"):
         results.add(logprobs=compare_with_hugging_face(model, trainer, engine))
     with results.guard("throughput"):
