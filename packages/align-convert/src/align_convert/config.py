@@ -117,6 +117,11 @@ class ModelConfig:
             raise ConfigError(f"family {self.family!r} is not known; known: {known}")
         return FAMILIES[self.family]
 
+    @property
+    def renormalizes_experts(self) -> bool:
+        """Whether the weights of a token's chosen experts are made to add up to 1, or are shares of all experts."""
+        return bool({**self.table.defaults, **self.hf}.get("norm_topk_prob", True))
+
     def size(self, dim: Dim) -> int:
         """The number behind a named size."""
         sizes: dict[Dim, int] = {

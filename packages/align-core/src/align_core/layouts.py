@@ -37,8 +37,23 @@ def check_layout(directory: Path, parallel: ParallelConfig, *, head: Head) -> No
         model = ModelConfig.from_hf(raw)
         if model.head == "score" and head == "lm":
             raise ConfigError(f"{str(directory)!r} holds a reward model; load it with head 'score'")
-        layout = Layout(tp=parallel.tensor, pp=parallel.pipeline, vp=parallel.virtual)
+        layout = Layout(tp=parallel.tensor, pp=parallel.pipeline, vp=parallel.virtual, ep=parallel.expert)
         layout.check(model.with_head(head))
+    check_experts(directory, model, parallel)
+
+
+def check_experts(directory: Path, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises ConfigError for what the layers of a mixture of experts cannot do."""
+    if model.num_experts is None:
+        return
+    what = f"{str(directory)!r} is a mixture of {model.num_experts} experts"
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ConfigError(
+            f"{what}, whose router needs each token on one rank; with parallel.tensor {parallel.tensor} set "
+            "parallel.sequence to true"
+        )
+    if model.experts_per_token == 1 and model.renormalizes_experts:
+        raise ConfigError(f"{what}, of which a token gets 1 with weight 1: nothing would teach the router")
 
 
 @contextlib.contextmanager

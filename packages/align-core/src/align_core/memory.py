@@ -94,16 +94,21 @@ def model_memory(
 ) -> ModelMemory:
     """An estimate for one rank of the first pipeline stage, which holds the embedding and most activations."""
     layers = -(-shape.layers // parallel.pipeline)
+    experts = layers * shape.expert_parameters
     if parallel.pipeline == 1:
-        weights = shape.parameters(head=head)
+        shared = shape.parameters(head=head) - experts
     else:
-        weights = layers * shape.layer_parameters + shape.vocab * shape.hidden
-    held = -(-weights // parallel.tensor)
+        shared = layers * shape.shared_parameters + shape.vocab * shape.hidden
+    held = -(-shared // parallel.tensor) + -(-experts // (parallel.tensor * parallel.expert))
     item = ITEM_BYTES[training.dtype]
     tokens = -(-training.micro_batch_tokens // parallel.context)
-    # AdamW's two averages, and the float32 weights that bfloat16 ones are rounded from; each copy keeps a share.
-    learnt = held if lora is None or not lora.rank else -(-layers * _adapters(shape, lora.rank) // parallel.tensor)
-    state = learnt * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
+    # AdamW's two averages, and the float32 weights that bfloat16 ones are rounded from; each copy keeps a share, and
+    # of experts, which have fewer copies, a larger share of fewer.
+    if lora is not None and lora.rank:
+        learnt = copied = -(-layers * _adapters(shape, lora.rank) // parallel.tensor)
+    else:
+        learnt, copied = held, -(-(shared + experts) // parallel.tensor)
+    state = copied * _FLOAT32 * (2 if training.dtype == "float32" else 3) // (parallel.data * parallel.context)
     logits = 0 if head == "score" or parallel.pipeline > 1 else _head_bytes(shape, tokens, item, parallel, trainable)
     layer = tokens * item * _layer_activations(shape, parallel, training)
     if training.recompute == "full":
@@ -145,8 +150,15 @@ def _layer_activations(shape: ModelShape, parallel: ParallelConfig, training: Tr
     else:
         whole = (2 if "norm" in forgotten else 4) * shape.hidden
         of_attention = (shape.heads + 2 * shape.kv_heads) + (0 if "attention" in forgotten else shape.heads)
-        of_mlp = 0 if "mlp" in forgotten else 2 if "activation" in forgotten else 3  # gate, up, and their product
-        cut = of_attention * shape.head_dim + of_mlp * shape.ffn
+        cut = of_attention * shape.head_dim + _mlp_activations(shape, training)
     if parallel.sequence:
         return -(-(whole + cut) // parallel.tensor)
     return whole + -(-cut // parallel.tensor)
+
+
+def _mlp_activations(shape: ModelShape, training: TrainingConfig) -> int:
+    """Of the gated MLP, or of router and experts, without recompute of whole layers."""
+    forgotten = training.recomputed
+    if shape.experts > 1:  # each copy of a token on its way to an expert and back, besides what its expert keeps
+        return 0 if forgotten & {"mlp", "activation"} else shape.experts_per_token * 3 * (shape.ffn + shape.hidden)
+    return (0 if "mlp" in forgotten else 2 if "activation" in forgotten else 3) * shape.ffn  # gate, up, their product

@@ -7,6 +7,8 @@ from typing import Any
 
 from align_core.errors import CheckpointError
 
+_EXPERTS = ("num_local_experts", "num_experts")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
@@ -18,15 +20,30 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     ffn: int
+    """Width of the gated MLP, or of each expert's."""
     vocab: int
     max_positions: int
     tied_embeddings: bool
+    experts: int = 1
+    """Experts a layer; 1 for a dense model."""
+    experts_per_token: int = 1
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one layer's experts, or of its MLP."""
+        return self.experts * 3 * self.hidden * self.ffn
+
+    @property
+    def shared_parameters(self) -> int:
+        """Weights of one layer that every token meets: attention, two norms, and a router if there are experts."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        router = self.experts * self.hidden if self.experts > 1 else 0
+        return attention + router + 2 * self.hidden
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one layer: attention, gated MLP, two norms."""
-        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
-        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        """Weights of one layer."""
+        return self.shared_parameters + self.expert_parameters
 
     def parameters(self, *, head: str = "lm") -> int:
         """Weights of the whole model, under a language-model head or a score head."""
@@ -47,6 +64,8 @@ def read_model_shape(directory: Path) -> ModelShape:
         raise CheckpointError(f"model directory {str(directory)!r} has no config.json") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
+    experts = next((key for key in _EXPERTS if key in raw), None) if isinstance(raw, dict) else None
+    width = "moe_intermediate_size" if experts is not None and "moe_intermediate_size" in raw else "intermediate_size"
     heads, hidden = _size(raw, "num_attention_heads", path), _size(raw, "hidden_size", path)
     return ModelShape(
         layers=_size(raw, "num_hidden_layers", path),
@@ -54,10 +73,12 @@ def read_model_shape(directory: Path) -> ModelShape:
         heads=heads,
         kv_heads=_size(raw, "num_key_value_heads", path, default=heads),
         head_dim=_size(raw, "head_dim", path, default=hidden // heads),
-        ffn=_size(raw, "intermediate_size", path),
+        ffn=_size(raw, width, path),
         vocab=_size(raw, "vocab_size", path),
         max_positions=_size(raw, "max_position_embeddings", path, default=2048),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        experts=1 if experts is None else _size(raw, experts, path),
+        experts_per_token=1 if experts is None else _size(raw, "num_experts_per_tok", path),
     )
 
 

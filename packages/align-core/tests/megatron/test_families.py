@@ -41,13 +41,8 @@ def test_a_family_trains_as_hugging_face(llama: Callable[..., Path], family: str
             {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
             r"attends to the last 32 tokens only .*set it to null",
         ),
-        (
-            {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-            | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-            "training of family 'mixtral' is not supported: it has experts",
-        ),
     ],
-    ids=["window", "experts"],
+    ids=["window"],
 )
 def test_what_training_does_not_do_is_refused(
     llama: Callable[..., Path], tmp_path: Path, settings: dict[str, object], complaint: str

@@ -17,7 +17,13 @@ FAMILY = Family(
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([], None),
     },
-    defaults={"num_key_value_heads": 4, "num_experts": 128, "moe_intermediate_size": 768, "num_experts_per_tok": 8},
+    defaults={
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
     megatron_args={"qk_layernorm": True},
     experts_keys=("num_experts", "num_local_experts"),
 )

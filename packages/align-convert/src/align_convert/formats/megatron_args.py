@@ -94,7 +94,7 @@ def _expert_args(config: ModelConfig) -> dict[str, object]:
         "num_experts": config.num_experts,
         "moe_ffn_hidden_size": config.expert_ffn_size,
         "moe_router_topk": config.experts_per_token,
-        "moe_router_pre_softmax": config.hf.get("norm_topk_prob", True) is False,
+        "moe_router_pre_softmax": not config.renormalizes_experts,
         "moe_layer_freq": 1,
     }
 

@@ -210,7 +210,7 @@ def _transformer_options(config: ModelConfig, layout: Layout) -> dict[str, Any]:
             "num_moe_experts": config.num_experts,
             "moe_ffn_hidden_size": config.expert_ffn_size,
             "moe_router_topk": config.experts_per_token,
-            "moe_router_pre_softmax": config.hf.get("norm_topk_prob", True) is False,
+            "moe_router_pre_softmax": not config.renormalizes_experts,
             "moe_token_dispatcher_type": "allgather",
             "moe_router_load_balancing_type": "none",
         }

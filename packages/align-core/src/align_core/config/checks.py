@@ -16,3 +16,9 @@ def between(owner: object, name: str, low: float, high: float) -> None:
     value = getattr(owner, name)
     if not low <= value <= high:
         raise ConfigError(f"{name} must lie between {low} and {high}, got {value}")
+
+
+def one_of(choices: list[int]) -> str:
+    """`1, 2 or 4`, for errors that name what would do."""
+    words = [str(choice) for choice in choices]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

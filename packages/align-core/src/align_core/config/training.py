@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from align_core.config.checks import between, positive
+from align_core.config.checks import between, one_of, positive
 from align_core.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16"]
@@ -25,11 +25,14 @@ class ParallelConfig:
     """Ways the tokens of a micro-batch are cut, for sequences too long for one device."""
     data: int = 1
     """Copies of the model that share a batch."""
+    expert: int = 1
+    """Ranks over which the experts of a layer are spread, each with tokens of its own; must divide data x context and
+    the number of experts. They are copies of the rest of the model, so it takes no further processes."""
     sequence: bool = False
     """Cut activations along the sequence between tensor-parallel regions (saves memory); needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        positive(self, "tensor", "pipeline", "virtual", "context", "data")
+        positive(self, "tensor", "pipeline", "virtual", "context", "data", "expert")
         if self.virtual > 1 and self.pipeline == 1:
             raise ConfigError(
                 f"parallel.virtual {self.virtual} interleaves the stages of a pipeline, and there is one stage; "
@@ -38,6 +41,12 @@ class ParallelConfig:
         if self.sequence and self.tensor == 1:
             raise ConfigError(
                 "sequence parallelism needs tensor > 1; set parallel.tensor or leave parallel.sequence off"
+            )
+        copies = self.data * self.context
+        if copies % self.expert:
+            raise ConfigError(
+                f"parallel.expert {self.expert} spreads experts over the copies of the model and does not divide "
+                f"data x context = {copies}; use {one_of([n for n in range(1, copies + 1) if copies % n == 0])}"
             )
 
     @property
@@ -99,12 +108,21 @@ class TrainingConfig:
     recompute_modules: tuple[RecomputeModule, ...] = ("activation",)
     """Of selective, each with its share of the 7B shape's activations and what it costs: `activation`, of the MLP (a
     sixth; next to nothing); `mlp`, gate and up besides (half in all; a seventh more work); `norm`, what norms give (an
-    eighth; next to nothing); `attention`, what it gives (a sixteenth; its forward pass)."""
+    eighth; next to nothing); `attention`, what it gives (a sixteenth; its forward pass). In a mixture of experts
+    `activation` is as `mlp`: all of router and experts, at the price of their forward pass."""
+    balance_coef: float = 0.0
+    """Weight of the load-balancing loss of a mixture of experts (Fedus et al. 2021, eq. 4), averaged over its layers
+    and computed in each micro-batch; 0 leaves it out, and `balance_loss` in the log still tells it. 0.001 to 0.02 is
+    usual."""
+    router_float32: bool = False
+    """Choose experts in float32 where the rest is bfloat16: slower, and steadier with many experts."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in the host's memory; the newest one is complete later."""
 
     def __post_init__(self) -> None:
         positive(self, "micro_batch_tokens")
+        if self.balance_coef < 0:
+            raise ConfigError(f"balance_coef must not be negative, got {self.balance_coef}; 0 leaves that loss out")
         if self.recompute == "selective" and not self.recompute_modules:
             raise ConfigError("recompute 'selective' needs recompute_modules; name some, or set recompute to 'none'")
         if self.recompute != "selective" and self.recompute_modules != ("activation",):

@@ -165,7 +165,7 @@ def load_checkpoint(
         )
     content: dict[str, Any] = _weights(chunks)
     entries = _flat(content)
-    same_layout = record["parallel"] == _layout(context)
+    same_layout = {"expert": 1, **record["parallel"]} == _layout(context)
     if same_layout:
         content["rng"] = _random_state(context)
     try:
@@ -252,6 +252,7 @@ def _layout(context: RankContext) -> dict[str, int]:
         "pipeline": parallel.pipeline,
         "virtual": parallel.virtual,
         "context": parallel.context,
+        "expert": parallel.expert,
         "data": parallel.data,
     }
 

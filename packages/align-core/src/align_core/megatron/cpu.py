@@ -39,6 +39,9 @@ _MODULES = (
     "tensor_parallel.mappings",
     "tensor_parallel.random",
     "tensor_parallel.utils",
+    "transformer.moe.moe_utils",
+    "transformer.moe.router",
+    "transformer.moe.token_dispatcher",
     "utils",
 )
 _FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
@@ -87,6 +90,7 @@ def install() -> None:
                 f"megatron.core.{name} no longer imports torch as a whole; its CPU path must be traced anew"
             )
         module.torch = stand_in
+    _module("transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _counts_on_host
     random = _module("tensor_parallel.random")
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
@@ -114,8 +118,23 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"megatron.core.{name}")
 
 
+class _Stream:
+    """Work on the CPU is done in its order, so there is nothing to wait for; its own event too."""
+
+    def wait_stream(self, _: object) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> "_Stream":
+        """An event that has happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """It has happened."""
+
+
 def _cpu_torch() -> _StandIn:
     """torch, in which the few CUDA calls of megatron-core mean the CPU."""
+    stream = _Stream()
     cuda = _StandIn(
         torch.cuda,
         {
@@ -125,10 +144,33 @@ def _cpu_torch() -> _StandIn:
             "get_rng_state": _get_rng_state,
             "set_rng_state": _set_rng_state,
             "manual_seed": torch.manual_seed,
+            "Stream": _Stream,
+            "current_stream": lambda: stream,
+            "stream": lambda _: contextlib.nullcontext(),
         },
     )
     factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
-    return _StandIn(torch, {"cuda": cuda, **factories})
+    distributed = _StandIn(torch.distributed, {"all_gather": _all_gather})
+    return _StandIn(torch, {"cuda": cuda, "distributed": distributed, **factories})
+
+
+def _all_gather(outputs: list[torch.Tensor], own: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    """As NCCL does it, also of parts with different numbers of rows, which gloo refuses; it sends such to each rank."""
+    sizes = [len(output) for output in outputs]
+    if len(set(sizes)) == 1:
+        return torch.distributed.all_gather(outputs, own, group=group, async_op=async_op)
+    found = own.new_empty(sum(sizes), *own.shape[1:])
+    everyone = own.repeat(len(sizes), *(1 for _ in own.shape[1:]))
+    torch.distributed.all_to_all_single(found, everyone, sizes, [len(own)] * len(sizes), group=group)
+    for output, part in zip(outputs, torch.split(found, sizes), strict=True):
+        output.copy_(part)
+    return None
+
+
+def _counts_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """megatron-core's `maybe_move_tensor_to_cpu`, which leaves alone what is there already, also as to its type."""
+    del record_stream
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

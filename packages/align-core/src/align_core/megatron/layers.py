@@ -26,7 +26,7 @@ class Norm(nn.RMSNorm):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where gate and up are the halves of the last dimension: [..., 2F] to [..., F]."""
-    if gate_up.is_cuda:
+    if gate_up.is_cuda and gate_up.numel():  # an expert that no token chose has no rows, and a kernel needs some
         from align_core.megatron.kernels.swiglu import SwiGluFunction  # noqa: PLC0415  (triton; needed on CUDA only)
 
         apply: Callable[[Tensor], Tensor] = SwiGluFunction.apply

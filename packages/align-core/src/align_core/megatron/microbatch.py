@@ -103,6 +103,13 @@ class MicroBatch:
     packed: Packed
 
     @property
+    def own_padding(self) -> Tensor:
+        """bool [1, L], where `own_tokens` are none of the batch's."""
+        padding = torch.arange(self.tokens.shape[1], device=self.tokens.device)[None] >= len(self.targets)
+        share = self.packed.share
+        return padding if share is None else padding[:, share.own]
+
+    @property
     def own_tokens(self) -> Tensor:
         """int64 [1, L], what this rank's layers see: all, or its share."""
         share = self.packed.share

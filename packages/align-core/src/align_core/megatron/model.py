@@ -60,12 +60,21 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
 
 def layout_of(parallel: ParallelConfig) -> Layout:
     """The layout in align_convert's words."""
-    return Layout(tp=parallel.tensor, pp=parallel.pipeline, vp=parallel.virtual, vocab_divisor=_VOCAB_DIVISOR)
+    return Layout(
+        tp=parallel.tensor,
+        pp=parallel.pipeline,
+        vp=parallel.virtual,
+        ep=parallel.expert,
+        vocab_divisor=_VOCAB_DIVISOR,
+    )
 
 
 def plan_of(config: ModelConfig, context: RankContext) -> list[tuple[Shard, ...]]:
     """All tensors of this rank, by chunk, and the Hugging Face pieces that they are made of."""
-    ranks = (Rank(tp=context.tensor, pp=context.pipeline, vp=chunk) for chunk in range(context.parallel.virtual))
+    ranks = (
+        Rank(tp=context.tensor, pp=context.pipeline, vp=chunk, ep=context.expert)
+        for chunk in range(context.parallel.virtual)
+    )
     return [rank_plan(config, layout_of(context.parallel), rank) for rank in ranks]
 
 

@@ -75,11 +75,13 @@ class Optimization:
                 self.chunks,
                 use_gloo_process_groups=False,
             )
-        (self._inner,) = self.optimizer.chained_optimizers
-        _detach_views(self._inner)
-        if self._inner.param_groups[0]["params"][0].is_cuda:
-            for group in self._inner.optimizer.param_groups:
-                group.update(fused=True, foreach=False)  # one pass over memory, and no temporaries of the model's size
+        # One, and with experts on different ranks a second for these, whose copies are other ranks than the rest's.
+        self._inners: list[Any] = self.optimizer.chained_optimizers
+        for inner in self._inners:
+            _detach_views(inner)
+            for group in inner.optimizer.param_groups:
+                if group["params"] and group["params"][0].is_cuda:
+                    group.update(fused=True, foreach=False)  # one pass over memory; no temporaries of the model's size
         self.scheduler: Any = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -127,7 +129,9 @@ class Optimization:
         else:
             self._skipped = 0
             if 0 < self._clip < norm:
-                clip_grads_with_norm_(self._inner.get_parameters(), self._clip, torch.tensor(norm, device=self._device))
+                whole = torch.tensor(norm, device=self._device)
+                for inner in self._inners:
+                    clip_grads_with_norm_(inner.get_parameters(), self._clip, whole)
             self.optimizer.step_with_ready_grads()
         # The schedule follows the steps of the stage, of which a skipped one is one.
         self.scheduler.step(1)
@@ -146,41 +150,44 @@ class Optimization:
     def state_tensors(self) -> Iterator[Tensor]:
         """Main weights that are not the model's own, and AdamW's averages: what only an update needs."""
         own = {parameter.untyped_storage()._cdata for chunk in self.chunks for parameter in chunk.parameters()}
-        for group in self.optimizer.param_groups:
-            for main in group["params"]:
+        for inner in self._inners:
+            for main in (main for group in inner.optimizer.param_groups for main in group["params"]):
                 if main.untyped_storage()._cdata not in own:
                     yield main
-                yield from (v for v in self._inner.optimizer.state.get(main, {}).values() if isinstance(v, Tensor))
+                yield from (v for v in inner.optimizer.state.get(main, {}).values() if isinstance(v, Tensor))
 
     def gradient_tensors(self) -> Iterator[Tensor]:
         """The flat gradient buffers, whose contents are worthless between steps."""
         for chunk in self.chunks:
-            for buffer in chunk.buffers:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 yield buffer.grad_data
 
     def _gradient_norm(self) -> float:
         """Global norm over all ranks; looked at before any weight moves, clipping or not."""
-        grads = self._inner.get_main_grads_for_grad_norm()
+        grads = [grad for inner in self._inners for grad in inner.get_main_grads_for_grad_norm()]
         own = get_total_norm(grads).to(self._device) if grads else torch.zeros((), device=self._device)
         square = own.float() ** 2
-        dist.all_reduce(square, group=self._inner.get_grad_stats_parallel_group())
+        dist.all_reduce(square, group=self._inners[0].get_grad_stats_parallel_group())
         return math.sqrt(float(square))
 
     def owned(self) -> list[OwnedRange]:
         """This rank's share of the state, made of zeros if no step has been taken."""
+        return [part for inner in self._inners for part in self._owned_of(inner)]
+
+    def _owned_of(self, inner: Any) -> list[OwnedRange]:
         found = []
-        for parameter in self._inner.model_param_gbuf_map:
-            tensors = dict(self._inner._get_main_param_and_optimizer_states(parameter))
+        for parameter in inner.model_param_gbuf_map:
+            tensors = dict(inner._get_main_param_and_optimizer_states(parameter))
             main = tensors.pop("param")
             if "exp_avg" not in tensors:
-                tensors = self._new_state(main)
+                tensors = _new_state(inner, main)
             values = {name: tensors[name] for name in ("exp_avg", "exp_avg_sq")}
             if parameter.dtype is not torch.float32:
                 values["main_weight"] = main.detach()
             found.append(
                 OwnedRange(
                     parameter=parameter,
-                    start=self._inner._get_model_param_range_map(parameter)["param"].start,
+                    start=inner._get_model_param_range_map(parameter)["param"].start,
                     values=values,
                 )
             )
@@ -189,7 +196,7 @@ class Optimization:
     @property
     def adam_steps(self) -> int:
         """Updates that AdamW has done, which skipped steps are not."""
-        states = self._inner.optimizer.state.values()
+        states = (state for inner in self._inners for state in inner.optimizer.state.values())
         return int(next((state["step"] for state in states), 0))
 
     def restore(self, *, adam_steps: int, schedule: dict[str, Any]) -> None:
@@ -198,22 +205,15 @@ class Optimization:
         Args:
             schedule: its position is taken; its shape is this run's settings.
         """
-        if adam_steps:
-            for state in self._inner.optimizer.state.values():
+        for inner in self._inners:
+            if not adam_steps:
+                inner.optimizer.state.clear()
+            for state in inner.optimizer.state.values():
                 state["step"].fill_(adam_steps)
-        else:
-            self._inner.optimizer.state.clear()
+        if not adam_steps:
             self.optimizer.reload_model_params()
         self.scheduler.num_steps = 0  # load_state_dict adds to it
         self.scheduler.load_state_dict(schedule)
-
-    def _new_state(self, main: Tensor) -> dict[str, Tensor]:
-        """What AdamW makes at its first step."""
-        state = self._inner.optimizer.state[main]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=main.device if main.is_cuda else "cpu")
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(main, memory_format=torch.preserve_format)
-        return dict(state)
 
 
 def check_schedule(config: OptimizerConfig, *, steps: int) -> None:
@@ -237,6 +237,15 @@ def _torch_adamw() -> Iterator[None]:
         yield
     finally:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = before
+
+
+def _new_state(optimizer: Any, main: Tensor) -> dict[str, Tensor]:
+    """What AdamW makes at its first step."""
+    state = optimizer.optimizer.state[main]
+    state["step"] = torch.zeros((), dtype=torch.float32, device=main.device if main.is_cuda else "cpu")
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = torch.zeros_like(main, memory_format=torch.preserve_format)
+    return dict(state)
 
 
 def _detach_views(optimizer: Any) -> None:

@@ -34,6 +34,8 @@ class RankContext:
     """Which copy of the model."""
     context: int = 0
     """Which share of a micro-batch's tokens."""
+    expert: int = 0
+    """Which share of the experts."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -52,8 +54,8 @@ class RankContext:
 
     @property
     def is_first_copy(self) -> bool:
-        """Whether this rank is the one, of those that hold the same weights, that writes them."""
-        return self.data == 0 and self.context == 0
+        """Whether this rank is the one, of those that hold the same experts (all, in a dense model), that writes."""
+        return (self.data * self.parallel.context + self.context) // self.parallel.expert == 0
 
 
 @dataclass
@@ -105,6 +107,7 @@ def init_rank(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout_s / 60)),
     )
@@ -119,6 +122,7 @@ def init_rank(
         pipeline=parallel_state.get_pipeline_model_parallel_rank(),
         data=parallel_state.get_data_parallel_rank(),
         context=parallel_state.get_context_parallel_rank(),
+        expert=parallel_state.get_expert_model_parallel_rank(),
     )
     return _SHARED.context
 
@@ -185,7 +189,7 @@ def _join(context: RankContext, *, rank: int, parallel: ParallelConfig, device: 
 
 
 def _same_groups(one: ParallelConfig, other: ParallelConfig) -> bool:
-    sizes = [(each.tensor, each.pipeline, each.context, each.data) for each in (one, other)]
+    sizes = [(each.tensor, each.pipeline, each.context, each.data, each.expert) for each in (one, other)]
     return sizes[0] == sizes[1]
 
 

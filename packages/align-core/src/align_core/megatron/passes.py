@@ -15,6 +15,7 @@ from torch import Tensor
 
 from align_algos.fused import KEPT_SHARE, fused_logprobs
 from align_algos.losses import LossOutput
+from align_core.megatron.experts import padding_mask
 from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.quiet import quiet_megatron
 
@@ -115,7 +116,11 @@ def _run(
     def step(batches: Iterator[MicroBatch], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         micro = next(batches)
         output = chunk(
-            input_ids=micro.own_tokens, position_ids=None, attention_mask=None, packed_seq_params=micro.packed
+            input_ids=micro.own_tokens,
+            position_ids=None,
+            attention_mask=None,
+            packed_seq_params=micro.packed,
+            padding_mask=padding_mask(chunk, micro),
         )
         return output, lambda out, **how: finish(micro, out, **how)
 

@@ -161,7 +161,7 @@ class RankModel:
                     partial,
                     config=self.model_config,
                     layout=layout,
-                    rank=Rank(tp=self.context.tensor, pp=self.context.pipeline),
+                    rank=Rank(tp=self.context.tensor, pp=self.context.pipeline, ep=self.context.expert),
                     chunks=[dict(chunk.named_parameters()) for chunk in self._exported],
                     dtype=dtype,
                 )

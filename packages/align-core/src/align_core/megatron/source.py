@@ -6,7 +6,7 @@ from align_convert.config import ModelConfig
 from align_convert.source import Source, load_any
 from align_core.config import TrainerConfig
 from align_core.errors import ConfigError
-from align_core.layouts import translated_errors
+from align_core.layouts import check_experts, translated_errors
 from align_core.megatron.model import layout_of
 
 
@@ -31,10 +31,11 @@ def open_model(config: TrainerConfig) -> tuple[Source, ModelConfig]:
 
 def _check_supported(model: ModelConfig, config: TrainerConfig) -> None:
     """Refuse what the converter knows and training does not."""
-    if model.table.has_experts:
+    check_experts(config.model, model, config.parallel)
+    if model.num_experts is not None and config.lora.rank:
         raise ConfigError(
-            f"training of family {model.family!r} is not supported: it has experts; choose a dense model "
-            "(its checkpoints can be converted all the same)"
+            f"{str(config.model)!r} is a mixture of experts, and adapters are for dense models; set lora.rank to 0, or "
+            "choose a dense model"
         )
     window = model.hf.get("sliding_window")
     if (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from align_convert.config import ModelConfig
 from align_core.config import Dtype, LoraConfig, TrainingConfig
 from align_core.megatron.attention import PackedAttention
+from align_core.megatron.experts import expert_layer, expert_settings
 from align_core.megatron.layers import Norm, swiglu
 from align_core.megatron.lora import LoraColumnLinear, LoraRowLinear
 from align_core.megatron.parallel import RankContext
@@ -68,7 +69,7 @@ def transformer_config(config: ModelConfig, context: RankContext, training: Trai
         variable_seq_lengths=parallel.virtual == 1,
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=parallel.virtual == 1,
-        moe_token_dispatcher_type="alltoall",  # variable lengths insist on it, though there are no experts
+        moe_token_dispatcher_type="alltoall",  # variable lengths insist on it, also where there are no experts
         calculate_per_token_loss=True,  # sums gradients over micro-batches and data-parallel ranks
         # Weights are loaded, so nothing is drawn; but without initialisation they would lose their tensor-parallel tag,
         # and with it the right gradient norm.
@@ -84,6 +85,7 @@ def transformer_config(config: ModelConfig, context: RankContext, training: Trai
         persist_layer_norm=False,
         cross_entropy_loss_fusion=False,
         **_recompute(training),
+        **expert_settings(config, parallel, training),
     )
 
 
@@ -118,7 +120,7 @@ def layer_spec(
     )
     of_mlp: dict[str, Any] = {"ffn_hidden_size": config.ffn_size}
     forgets_mlp = "mlp" in forgotten or "activation" in forgotten
-    mlp = ModuleSpec(
+    dense = ModuleSpec(
         module=ForgettableMLP if forgets_mlp else MLP,
         params={**of_mlp, "whole": "mlp" in forgotten} if forgets_mlp else of_mlp,
         submodules=MLPSubmodules(linear_fc1=gated, linear_fc2=row, activation_func=swiglu),
@@ -130,9 +132,9 @@ def layer_spec(
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=mlp,
+            mlp=dense if config.num_experts is None else expert_layer(training),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_CHECKPOINT_NAMES if fused is None else {},
+            sharded_state_dict_keys_map=_checkpoint_names(config) if fused is None else {},
         ),
     )
 
@@ -147,6 +149,11 @@ def _recompute(training: TrainingConfig) -> dict[str, Any]:
 def _has(config: ModelConfig, ending: str) -> bool:
     """Whether a layer of this family has such a weight."""
     return any(rule.megatron.endswith(ending) for rule in config.table.rules)
+
+
+def _checkpoint_names(config: ModelConfig) -> dict[str, str]:
+    """The norm before a mixture of experts keeps its own."""
+    return {ours: te for ours, te in _CHECKPOINT_NAMES.items() if config.num_experts is None or ".mlp." not in f".{te}"}
 
 
 def _leave(weight: Tensor) -> Tensor:

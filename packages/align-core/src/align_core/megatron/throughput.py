@@ -68,11 +68,14 @@ def training_flops(config: ModelConfig, lengths_B: NDArray[np.int64], *, frozen:
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Parameters that each token is multiplied by: all but the embedding, which is looked up, and the norms."""
+    """Parameters that each token is multiplied by: all but the embedding, which is looked up, the norms, and experts
+    that it does not choose."""
     rules = [rule for rule in config.table.rules if config.holds(rule.when) and rule.place is not Place.FIRST]
     total = 0
     for rule in rules:
         times = config.num_layers if rule.place is Place.LAYER else 1
+        if rule.per_expert:
+            times *= config.experts_per_token or 0
         for source in rule.sources:
             if len(source.dims) == 2:
                 total += times * config.size(source.dims[0]) * config.size(source.dims[1])

@@ -19,6 +19,7 @@ from align_core.errors import AlignError, ConfigError
 from align_core.megatron.background import Background
 from align_core.megatron.batch_share import BatchShare
 from align_core.megatron.checkpoint import begin_checkpoint, load_checkpoint
+from align_core.megatron.experts import routing_metrics, start_routing
 from align_core.megatron.losses import prepare_loss
 from align_core.megatron.offload import Shelf
 from align_core.megatron.optimizer import Optimization, check_schedule
@@ -93,10 +94,11 @@ class MegatronTrainer(RankModel):
         read = self._read(prepared.reads, targets_only=True)
         number = optimization.steps_done
         optimization.zero_grad()
+        start_routing(self._chunks, len(batch.tokens))
         clock.lap("prepare")
         with _explained(f"step {number}: {type(loss).__name__}"):
             parts = forward_backward(optimization.chunks, micros, read, prepared.compute)
-        metrics = self._share.summed(parts)
+        metrics = self._share.summed(parts) | routing_metrics(self._chunks, self.model_config)
         clock.lap("forward_backward")
         update = optimization.step(metrics["loss"])
         self._forget_exported()

@@ -15,6 +15,8 @@ class _Extension:
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
         """`main_grad` += `grad_output`^T `inputs`; [P, O] and [P, I] in half precision, float32 [O, I]."""
+        if not len(inputs):  # an expert that no token chose
+            return
         torch.ops.aten.addmm.dtype_out(main_grad, grad_output.t(), inputs, torch.float32, out=main_grad)
 
 

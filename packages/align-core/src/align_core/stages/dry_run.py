@@ -52,13 +52,16 @@ def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
     parallel = config.parallel
     yield (
         "model",
-        f"{config.model}: {shape.parameters(head=_head(config)) / 1e6:,.1f} M parameters, {shape.layers} layers",
+        f"{config.model}: {shape.parameters(head=_head(config)) / 1e6:,.1f} M parameters, {shape.layers} layers"
+        + (f" of {shape.experts} experts, {shape.experts_per_token} a token" if shape.experts > 1 else ""),
     )
     where = "in this process" if config.cluster.in_process else f"Ray ({config.cluster.address or 'private'})"
     yield (
         "placement",
         f"{where}: {parallel.world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
-        f"context {parallel.context} x data {parallel.data}, one GPU each; {config.training.dtype}",
+        f"context {parallel.context} x data {parallel.data}"
+        + (f" (experts over {parallel.expert})" if parallel.expert > 1 else "")
+        + f", one GPU each; {config.training.dtype}",
     )
 
 
