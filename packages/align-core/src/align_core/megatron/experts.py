@@ -57,18 +57,14 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
         self._coef = coef
         self._batch_tokens = 1
         self._counts: Tensor | None = None
-        self._balance: Tensor | None = None
 
     def start_step(self, tokens: int) -> None:
         """Forget the counts; `tokens` are those of the whole batch, over all ranks."""
-        self._batch_tokens, self._counts, self._balance = tokens, None, None
+        self._batch_tokens, self._counts = tokens, None
 
-    def counted(self) -> tuple[Tensor, Tensor]:
-        """float32 [E] choices of each expert, and this layer's part of the loss, before its weight, of this rank."""
-        if self._counts is None or self._balance is None:
-            zeros = torch.zeros(self.num_experts, device=self.weight.device)
-            return zeros, zeros[0]
-        return self._counts, self._balance
+    def counted(self) -> Tensor:
+        """float32 [2, E], choices of each expert, and its part of the mean softmax of the batch; of this rank."""
+        return torch.zeros(2, self.num_experts, device=self.weight.device) if self._counts is None else self._counts
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[P, 1, E] logits to [T, E] weights and the choices; `padding_mask` is True where there is no real token."""
@@ -91,8 +87,7 @@ class BalancedRouter(TopKRouter):  # type: ignore[misc]
             dist.all_reduce(all_E, group=self.tp_cp_group)
         shares_E = (torch.softmax(logits_TE.float(), dim=-1) * real_T[:, None]).sum(0) / self._batch_tokens
         term: Tensor = self.num_experts * (all_E / all_E.sum().clamp(min=1) * shares_E).sum() / self.config.num_layers
-        counts, balance = self.counted()
-        self._counts, self._balance = counts + own_E, balance + term.detach()
+        self._counts = self.counted() + torch.stack([own_E, shares_E.detach()])
         return term
 
 
@@ -153,22 +148,22 @@ def routing_metrics(chunks: Sequence[Any], config: ModelConfig) -> dict[str, flo
 
     `expert_load` is what the busiest expert of a layer has to do, in terms of the mean (1 at best), on average over the
     layers, `expert_load_max` in the worst layer; `experts_idle` the share of experts without a token; `balance_loss`
-    the load-balancing loss before its weight.
+    the load-balancing loss before its weight, of the batch as a whole, which no cut into micro-batches changes.
     """
     if config.num_experts is None:
         return {}
-    found = torch.zeros(config.num_layers, config.num_experts + 1, device=next(chunks[0].parameters()).device)
+    found = torch.zeros(config.num_layers, 2, config.num_experts, device=next(chunks[0].parameters()).device)
     for router in _routers(chunks):
-        counts_E, balance = router.counted()
-        found[router.layer_number - 1] += torch.cat([counts_E, balance[None]])
+        found[router.layer_number - 1] = router.counted()
     dist.all_reduce(found)
-    counts, balance = found[:, :-1].cpu(), found[:, -1]
+    counts, shares = found.cpu().unbind(1)
+    balance = config.num_experts * (counts / counts.sum(1, keepdim=True).clamp(min=1) * shares).sum(1)
     load = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
     return {
         "expert_load": float(load.mean()),
         "expert_load_max": float(load.max()),
         "experts_idle": float((counts == 0).float().mean()),
-        "balance_loss": float(balance.sum()),
+        "balance_loss": float(balance.mean()),
     }
 
 
