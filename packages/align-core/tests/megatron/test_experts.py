@@ -197,9 +197,20 @@ def test_megatron_directories_with_experts_are_loaded_as_they_are(
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("layout", ["one", "tp2"])
-def test_the_balance_loss_teaches_as_its_formula(llama: Callable[..., Path], layout: str, recompute: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        ("one", {}),
+        ("tp2", {}),
+        ("one", {"recompute": "full"}),
+        ("tp2", {"recompute": "selective"}),
+        ("one", {"recompute": "selective", "recompute_modules": ("mlp", "norm", "attention")}),
+    ],
+    ids=["one", "tp2", "one-full", "tp2-selective", "one-all-modules"],
+)
+def test_the_balance_loss_teaches_as_its_formula(
+    llama: Callable[..., Path], layout: str, recompute: dict[str, Any]
+) -> None:
     """In one micro-batch, which is the whole batch; its gradient comes once, also where passes are computed again."""
     directory = llama(**FAMILIES["mixtral"])
     steps, last = run_ranks(_balance, LAYOUTS[layout], directory, recompute)[0]
@@ -265,9 +276,9 @@ def _logprobs(context: RankContext, directory: Path) -> NDArray[np.float32]:
 
 
 def _balance(
-    context: RankContext, directory: Path, recompute: str
+    context: RankContext, directory: Path, recompute: dict[str, Any]
 ) -> tuple[list[dict[str, float]], NDArray[np.float32]]:
-    config = _config(context, directory, micro_batch_tokens=4096, balance_coef=0.5, recompute=recompute)
+    config = _config(context, directory, micro_batch_tokens=4096, balance_coef=0.5, **recompute)
     trainer = MegatronTrainer(config, context)
     return _steps(trainer, 0, 3), trainer.logprobs(ragged_batch())
 

@@ -119,7 +119,7 @@ def expert_settings(config: ModelConfig, parallel: ParallelConfig, training: Tra
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.tensor,
     }
-    if training.recompute == "selective":
+    if training.recomputed & {"mlp", "activation"}:
         found |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     return found
 
