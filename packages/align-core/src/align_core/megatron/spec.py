@@ -153,7 +153,8 @@ def _has(config: ModelConfig, ending: str) -> bool:
 
 def _checkpoint_names(config: ModelConfig) -> dict[str, str]:
     """The norm before a mixture of experts keeps its own."""
-    return {ours: te for ours, te in _CHECKPOINT_NAMES.items() if config.num_experts is None or ".mlp." not in f".{te}"}
+    kept_apart = () if config.num_experts is None else ("pre_mlp_layernorm.",)
+    return {ours: theirs for ours, theirs in _CHECKPOINT_NAMES.items() if ours not in kept_apart}
 
 
 def _leave(weight: Tensor) -> Tensor:
