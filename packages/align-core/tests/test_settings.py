@@ -208,7 +208,7 @@ def test_rewards_and_their_settings_by_options(tmp_path: Path) -> None:
     assert made.loss.clip == (3e-4, 0.01)
     path = write(tmp_path / "again.yaml", yaml.safe_dump(plain(made)))
     assert grpo("--config", path) == made
-    with pytest.raises(ConfigError, match=r"loss\.variant must be 'cispo', 'dapo'.*got 'gpso'"):
+    with pytest.raises(ConfigError, match=r"unknown variant 'gpso'; did you mean 'gspo'\? choose 'cispo', 'dapo'"):
         grpo("--loss.variant", "gpso")
 
 

@@ -1,4 +1,4 @@
-"""Finds what other packages bring through entry points: engines, rewards, judges, recipes, commands.
+"""Finds what other packages bring through entry points: engines, rewards, losses, judges, recipes, commands.
 
 A third party adds one by declaring it in its own pyproject, for example
 `[project.entry-points."align.rewards"]  my_reward = "my_package.rewards:MyReward"`.
@@ -12,6 +12,7 @@ from align_core.errors import ConfigError, unknown_name
 Group = Literal[
     "align.engines",
     "align.rewards",
+    "align.losses",
     "align.judges",
     "align.evaluations",
     "align.recipes",
@@ -22,6 +23,7 @@ Group = Literal[
 _KINDS: dict[str, str] = {
     "align.engines": "rollout engine",
     "align.rewards": "reward",
+    "align.losses": "loss",
     "align.judges": "judge",
     "align.evaluations": "evaluation",
     "align.recipes": "recipe",

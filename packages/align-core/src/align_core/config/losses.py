@@ -1,10 +1,11 @@
 """The loss of every stage: its form, and the numbers in its formula."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from align_core import registry
 from align_core.config.checks import between, positive
-from align_core.errors import ConfigError
+from align_core.errors import ConfigError, unknown_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class KtoLoss:
 
 
 PolicyVariant = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
-
+"""Those of this project; a package adds more through the entry-point group `align.losses`."""
 
 # Clip ranges (low, high) of the papers; CISPO's gives no upper bound, 4 caps the weight at 5.
 _CLIPS: dict[str, tuple[float, float]] = {
@@ -95,9 +96,10 @@ _CLIPS: dict[str, tuple[float, float]] = {
 class GrpoLoss:
     """Clipped policy gradient with advantages from rewards alone: GRPO (Shao et al. 2024) and its family."""
 
-    variant: PolicyVariant = "grpo"
-    """Which advantages, ratio and average: Dr. GRPO (no length and difficulty bias), DAPO (clip-higher), GSPO (ratio of
-    sequences), CISPO (clipped weights), RLOO (leave-one-out), REINFORCE++ (whitened over the batch; with baseline)."""
+    variant: PolicyVariant | str = "grpo"
+    """Which advantages, ratio and average: grpo, dr_grpo (no length and difficulty bias), dapo (clip-higher), gspo
+    (ratio of sequences), cispo (clipped weights), rloo (leave-one-out), reinforce_pp (whitened over the batch),
+    reinforce_pp_baseline; or the name of a loss that an installed package offers in the group `align.losses`."""
     clip_low: float | None = None
     """Ratios below 1 - clip_low stop pulling; null takes that of the variant's paper, for grpo PPO's 0.2."""
     clip_high: float | None = None
@@ -114,6 +116,10 @@ class GrpoLoss:
     """How grpo averages: over all tokens of the batch (DAPO's way), or over each sequence first (the paper's)."""
 
     def __post_init__(self) -> None:
+        if not self.shipped and self.variant not in (added := registry.names("align.losses")):
+            remedy = "a package adds one through the entry-point group 'align.losses'"
+            known = sorted([*get_args(PolicyVariant), *added])
+            raise ConfigError(unknown_name("variant", self.variant, known, remedy=remedy))
         for name in ("clip_low", "clip_high"):
             if getattr(self, name) is not None:
                 positive(self, name)
@@ -124,6 +130,11 @@ class GrpoLoss:
             positive(self, "length")
         if self.reduction != "token_mean" and self.variant != "grpo":
             raise ConfigError(f"reduction {self.reduction!r} is grpo's; {self.variant!r} has an average of its own")
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the variant is this project's own."""
+        return self.variant in get_args(PolicyVariant)
 
     @property
     def clip(self) -> tuple[float, float]:

@@ -30,6 +30,7 @@ from align_algos.losses import (
 )
 from align_core.config import GrpoLoss, OnlineDpoLoss, PpoLoss, ValueLoss
 from align_core.errors import ConfigError, DataError
+from align_core.megatron.added_losses import AddedLoss, added_loss
 from align_core.megatron.advantages import with_group_advantages
 from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.prepared import PreparedLoss, count_targets
@@ -43,7 +44,7 @@ def prepare_group(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
     """GRPO and its family, with advantages over the whole batch where it does not bring them.
 
     Raises:
-        ConfigError: dr_grpo without its constant length.
+        ConfigError: dr_grpo without its constant length, or another package's loss that does not fit.
         DataError: a column is missing, or there is nothing to learn from.
     """
     num_tokens = count_targets(batch)
@@ -52,14 +53,22 @@ def prepare_group(loss: GrpoLoss, batch: Batch) -> PreparedLoss:
         batch.token_column("reference_logprobs")
     if loss.variant == "dr_grpo" and loss.length is None:
         raise ConfigError("variant 'dr_grpo' divides by a constant number of tokens; set loss.length")
+    added = None if loss.shipped else added_loss(loss)
     if "advantages" not in batch.token_columns:
         batch = with_group_advantages(loss, batch)
     # Sequences without a target (demonstrations) would count in the divisor of a mean over sequences.
     share = len(batch) / int(np.sum(np.add.reduceat(batch.mask, batch.offsets[:-1]) > 0))
+    over_sequences = loss.variant in ("gspo", "rloo", "dr_grpo") or loss.reduction == "sequence_mean"
+    if added is not None:
+        over_sequences = "num_sequences" in added.entry.counts
 
     def compute(logprobs_N: Tensor, micro: MicroBatch) -> LossOutput:
-        found = _group_loss(loss, logprobs_N, micro, num_tokens=num_tokens, num_sequences=len(batch))
-        if loss.variant in ("gspo", "rloo", "dr_grpo") or loss.reduction == "sequence_mean":
+        counts = {"num_tokens": num_tokens, "num_sequences": len(batch)}
+        if added is None:
+            found = _group_loss(loss, logprobs_N, micro, **counts)
+        else:
+            found = _added_loss(added, loss, logprobs_N, micro, **counts)
+        if over_sequences:
             found = LossOutput(found.loss * share, found.metrics)
         return _with_mismatch(found, logprobs_N, micro, num_tokens=num_tokens)
 
@@ -178,6 +187,37 @@ def _group_loss(
         found = _OVER_TOKENS[loss.variant](new_N, old_N, advantages_N, mask_N, **counts)
     else:
         found = _OVER_SEQUENCES[loss.variant](new_N, old_N, advantages_N, mask_N, offsets, **counts, **whole)
+    return _with_kl(found, loss, logprobs_N, micro, num_tokens=num_tokens)
+
+
+def _added_loss(
+    added: AddedLoss, loss: GrpoLoss, logprobs_N: Tensor, micro: MicroBatch, *, num_tokens: int, num_sequences: int
+) -> LossOutput:
+    """Another package's loss of one micro-batch, the KL term included."""
+    columns = ("logprobs_N", "old_logprobs_N", "advantages_N", "mask_N")
+    low, high = loss.clip
+    found = added(
+        {
+            **dict(zip(columns, _policy_columns(logprobs_N, micro), strict=True)),
+            "offsets": _offsets(micro),
+            "reference_logprobs_N": _optional(micro, "reference_logprobs"),
+            "weights_N": _optional(micro, "weights"),
+            "num_tokens": num_tokens,
+            "num_sequences": num_sequences,
+            "clip_low": low,
+            "clip_high": high,
+            "kl_coef": loss.kl_coef,
+            "length": loss.length,
+        }
+    )
+    return found if added.brings_kl else _with_kl(found, loss, logprobs_N, micro, num_tokens=num_tokens)
+
+
+def _with_kl(
+    found: LossOutput, loss: GrpoLoss, logprobs_N: Tensor, micro: MicroBatch, *, num_tokens: int
+) -> LossOutput:
+    """Plus the k3 KL to the reference, a mean over tokens, where the batch has a reference."""
+    reference_N = _optional(micro, "reference_logprobs")
     if reference_N is None:
         return found
     penalty = kl_loss(logprobs_N, reference_N, _mask(micro), num_tokens=num_tokens, coef=loss.kl_coef)
