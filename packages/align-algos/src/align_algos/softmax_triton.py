@@ -14,9 +14,10 @@ from torch import Tensor
 
 from align_algos.softmax_blocks import LOWEST_SHIFT, RowGradient, Statistics
 
-# Columns a program takes at a time: 4096 float32 are 16 registers of each of 256 threads.
+# Columns a program takes at a time: 4096 float32 are 32 registers of each of 128 threads. The fastest of eight sizes on
+# an H200 (benchmarks/results/logprobs.md).
 _TILE = 4096
-_WARPS = 8
+_WARPS = 4
 
 
 def take_block(logits_NC: Tensor, columns_N: Tensor, statistics: Statistics, *, temperature: float) -> None:

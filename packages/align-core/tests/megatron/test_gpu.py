@@ -15,6 +15,7 @@ from megatron_world import run_ranks
 from align_core.config import Dtype, OptimizerConfig, ParallelConfig, SftLoss, TrainerConfig, TrainingConfig
 from align_core.megatron import MegatronTrainer, RankContext
 from align_core.megatron.attention import PackedAttention
+from align_core.megatron.quiet import quiet_megatron
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,9 +103,9 @@ def test_kernels_equal_torch(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_the_last_query_sees_the_last_key() -> None:
     """As context parallelism needs it: 5 queries at the end of a sequence of 12, and 3 at the end of one of 3."""
-    attention = PackedAttention(
-        TransformerConfig(num_layers=1, hidden_size=128, num_attention_heads=2), frequencies=torch.ones(32)
-    )
+    with quiet_megatron():
+        config = TransformerConfig(num_layers=1, hidden_size=128, num_attention_heads=2)
+    attention = PackedAttention(config, frequencies=torch.ones(32))
     query = torch.randn(8, 2, 64, device="cuda", dtype=torch.bfloat16)
     key, value = (torch.randn(15, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     bounds = tuple(torch.tensor(b, device="cuda", dtype=torch.int32) for b in ([0, 5, 8], [0, 12, 15]))
