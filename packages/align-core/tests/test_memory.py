@@ -22,8 +22,8 @@ LLAMA_2_7B = ModelShape(
 )
 
 
-# Peaks in GiB on an H200 (benchmarks/results/training-h200.md): layers of the 7B shape, tokens a micro-batch, recompute.
-# The first two with the head as it is now; the others with the one before, whose logits took up to 1 GiB more.
+# Peaks in GiB on an H200 (benchmarks/results/training-h200.md): layers of the 7B shape, tokens a micro-batch, mode of
+# recompute. The first two with the head as it is now; the others with the one before, which took up to 1 GiB more.
 MEASURED = [
     (16, 8192, "none", 75.8),
     (32, 4096, "none", 129.8),
