@@ -188,7 +188,7 @@ def test_every_loss_in_a_file_is_registered() -> None:
             for key, value in vars(module).items()
             if key.endswith("_loss") and key not in ("get_loss", "register_loss") and not key.startswith("_")
         }
-    assert found == {get_loss(name).function for name in loss_names()}
+    assert found <= {get_loss(name).function for name in loss_names()}
 
 
 @every_loss
@@ -500,7 +500,7 @@ def test_an_installed_package_adds_a_loss_that_cannot_skip_these_tests(
 
 
 def test_unknown_name_lists_the_choices() -> None:
-    with pytest.raises(InputError, match=r"no loss is named 'grop'; choose one of \['cispo', 'dapo'"):
+    with pytest.raises(InputError, match=r"no loss is named 'grop'; choose one of \[.*'cispo', 'dapo'"):
         get_loss("grop")
 
 

@@ -4,11 +4,10 @@ Legend: B sequences, N flat tokens; sequences alternate chosen (2i), rejected (2
 """
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from align_algos.checks import check_number
 from align_algos.losses.output import LossOutput
-from align_algos.losses.pairs import pair_log_ratios, pair_output
+from align_algos.losses.pairs import pair_log_ratios, pair_output, smoothed_sigmoid
 
 
 def dpo_loss(
@@ -44,7 +43,6 @@ def dpo_loss(
         https://ericmitchell.ai/cdpo.pdf; length-normalised: Lambert et al. 2024, arXiv:2411.15124.
     """
     check_number("beta", beta, low=0.0)
-    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     pairs = pair_log_ratios(
         logprobs_N,
         reference_logprobs_N,
@@ -54,5 +52,4 @@ def dpo_loss(
         length_normalised=length_normalised,
     )
     x_P = beta * (pairs.chosen_P - pairs.rejected_P)
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(x_P) - label_smoothing * logsigmoid(-x_P)
-    return pair_output(loss_P, pairs, beta=beta)
+    return pair_output(smoothed_sigmoid(x_P, label_smoothing=label_smoothing), pairs, beta=beta)

@@ -7,11 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from align_algos.checks import check_choice, check_columns, check_count, check_groups, check_mask, check_number
 from align_algos.losses.output import LossOutput
-from align_algos.losses.pairs import Pairs, pair_output
+from align_algos.losses.pairs import Pairs, pair_output, smoothed_sigmoid
 from align_algos.reductions import masked, segment_lengths, segment_sum
 
 PairChoice = Literal["all", "best_vs_rest", "best_vs_worst"]
@@ -46,7 +45,6 @@ def online_dpo_loss(
     Source: Guo et al. 2024, arXiv:2402.04792, section 3 (two responses); all pairs of k: the tutorial.
     """
     check_number("beta", beta, low=0.0)
-    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     check_columns("token", check_mask(mask_N), logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
     ratio_B = segment_sum(masked(logprobs_N, mask_N) - masked(reference_logprobs_N, mask_N).detach(), offsets)
     if length_normalised:
@@ -56,8 +54,7 @@ def online_dpo_loss(
     divisor = check_count("num_pairs", num_pairs, local=chosen.shape[0])
     terms = Pairs(ratio_B[chosen], ratio_B[rejected], divisor)
     x_P = beta * (terms.chosen_P - terms.rejected_P)
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(x_P) - label_smoothing * logsigmoid(-x_P)
-    return pair_output(loss_P, terms, beta=beta)
+    return pair_output(smoothed_sigmoid(x_P, label_smoothing=label_smoothing), terms, beta=beta)
 
 
 def count_preferences(rewards_B: Tensor, group_B: Tensor, *, pairs: PairChoice = "all") -> int:

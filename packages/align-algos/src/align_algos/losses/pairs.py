@@ -6,8 +6,9 @@ Legend: B sequences, N flat tokens, P = B / 2 pairs; sequences alternate chosen 
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from align_algos.checks import check_columns, check_count, check_mask, check_offsets
+from align_algos.checks import check_columns, check_count, check_mask, check_number, check_offsets
 from align_algos.errors import InputError
 from align_algos.losses.output import LossOutput
 from align_algos.reductions import masked, segment_lengths, segment_sum
@@ -50,6 +51,12 @@ def pair_log_ratios(
     if length_normalised:
         value_B = value_B / segment_lengths(mask_N, offsets).clamp_min(1)
     return Pairs(value_B[0::2], value_B[1::2], divisor)
+
+
+def smoothed_sigmoid(margin_P: Tensor, *, label_smoothing: float) -> Tensor:
+    """-(1 - label_smoothing) logsigmoid(margin) - label_smoothing logsigmoid(-margin), of each pair."""
+    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+    return -(1.0 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
 
 
 def pair_output(loss_P: Tensor, pairs: Pairs, *, beta: float) -> LossOutput:

@@ -4,11 +4,10 @@ Legend: as in `dpo`.
 """
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from align_algos.checks import check_number
 from align_algos.losses.output import LossOutput
-from align_algos.losses.pairs import pair_log_ratios, pair_output
+from align_algos.losses.pairs import pair_log_ratios, pair_output, smoothed_sigmoid
 
 
 def simpo_loss(
@@ -35,8 +34,6 @@ def simpo_loss(
     """
     check_number("beta", beta, low=0.0)
     check_number("margin", margin)
-    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
     pairs = pair_log_ratios(logprobs_N, None, mask_N, offsets, num_pairs=num_pairs, length_normalised=True)
     x_P = beta * (pairs.chosen_P - pairs.rejected_P) - margin
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(x_P) - label_smoothing * logsigmoid(-x_P)
-    return pair_output(loss_P, pairs, beta=beta)
+    return pair_output(smoothed_sigmoid(x_P, label_smoothing=label_smoothing), pairs, beta=beta)
