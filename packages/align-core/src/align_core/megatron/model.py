@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from align_convert.config import ModelConfig
 from align_convert.fill import fill_shard
-from align_convert.layout import Layout, Rank
+from align_convert.layout import Rank
 from align_convert.plan import Index, Shard, rank_plan
 from align_convert.source import Source
-from align_core.config import LoraConfig, ParallelConfig, TrainingConfig
+from align_core.config import LoraConfig, TrainingConfig
 from align_core.errors import CheckpointError
+from align_core.layouts import layout_of
 from align_core.megatron import cpu
 from align_core.megatron.layers import LanguageHead, Norm, ScoreHead
 from align_core.megatron.lora import base_parameters
@@ -28,8 +29,6 @@ from align_core.megatron.rotary import rotary_frequencies
 from align_core.megatron.spec import layer_spec, transformer_config
 from align_core.megatron.transformer_engine import FusedLayers
 
-# Each rank's share of the vocabulary is a multiple of this: matrices of odd width miss the fast kernels of GPUs.
-_VOCAB_DIVISOR = 64
 SCORE_WEIGHT = "output_layer.weight"
 
 
@@ -56,17 +55,6 @@ class LlamaModel(GPTModel):  # type: ignore[misc]
         """The head's rows of this rank, or the embedding's where they are the same; of the last chunk only."""
         own: Tensor | None = self.output_layer.weight
         return self.embedding.word_embeddings.weight if own is None else own
-
-
-def layout_of(parallel: ParallelConfig) -> Layout:
-    """The layout in align_convert's words."""
-    return Layout(
-        tp=parallel.tensor,
-        pp=parallel.pipeline,
-        vp=parallel.virtual,
-        ep=parallel.expert,
-        vocab_divisor=_VOCAB_DIVISOR,
-    )
 
 
 def plan_of(config: ModelConfig, context: RankContext) -> list[tuple[Shard, ...]]:

@@ -16,10 +16,10 @@ from align_convert.layout import Rank
 from align_core.config import TrainerConfig
 from align_core.contracts import WeightSource
 from align_core.errors import DataError, LayoutError
-from align_core.layouts import translated_errors
+from align_core.layouts import layout_of, translated_errors
 from align_core.megatron.checkpoint import shared_directory
 from align_core.megatron.lora import ExportedChunk, start_adapters
-from align_core.megatron.model import build_model, layout_of, load_weights, plan_of
+from align_core.megatron.model import build_model, load_weights, plan_of
 from align_core.megatron.offload import Shelf
 from align_core.megatron.parallel import RankContext, close_rank, init_rank
 from align_core.megatron.source import open_model

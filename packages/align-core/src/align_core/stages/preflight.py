@@ -53,4 +53,4 @@ def check_models(config: StageConfig | ResponsesConfig) -> None:
         check_layout(config.model, config.parallel, head=head)
         return
     for role in roles(config):
-        check_layout(role.path, role.parallel, head=role.head)
+        check_layout(role.path, role.parallel, head=role.head, lora_rank=config.lora.rank if role.trainable else 0)
