@@ -1,5 +1,6 @@
 """An engine fetches its weights from the tensors of Megatron ranks, cut in any way, and then equals Hugging Face."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,13 @@ from align_convert.layout import Layout
 from align_convert.plan import Index, rank_plan
 from align_convert.source import load_any
 from align_core.config import EngineConfig, SamplingConfig
+from align_core.contracts import LinkedSink
 from align_core.errors import SyncError
 from align_core.megatron.weights import held_parts, weight_metas
 from align_core.stages.sync import synchronise
 from align_core.transfer.checksums import PartSums
 from align_core.transfer.rectangles import Part, Rows
+from align_core.transfer.seats import Meeting, Seat
 from align_core.types import ParamMeta, Prompt, WeightTensor
 from align_rollout.vllm import VllmEngine
 
@@ -124,6 +127,21 @@ def test_weights_of_any_layout_reach_the_engine(
         found = model[0].generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(prompt.tokens) :]
         assert completion.tokens.tolist() == found.tolist()
         assert completion.version == version
+
+
+def test_weights_of_another_dtype_are_refused_before_a_rank_sends(
+    model: tuple[LlamaForCausalLM, Path], engine: VllmEngine
+) -> None:
+    """Over links, where bytes of another width would be read as something else; the engine goes on."""
+    source, version = source_of(model, Layout(), 0), next(_VERSIONS)
+    sink = engine.weight_sink()
+    assert isinstance(sink, LinkedSink)
+    sink.begin([dataclasses.replace(meta, dtype="bfloat16") for meta in source.metadata()], version)
+    meeting = Meeting(place="file:///nowhere/store", senders=1, receivers=1, backend="gloo")
+    seat = Seat(meeting=meeting, rank=1, held=source.layout(), wanted=sink.layouts()[0])
+    with pytest.raises(SyncError, match="weights are bfloat16 in the trainer and float32 in the engine"):
+        sink.expect(seat)
+    assert engine.generate([Prompt(id=0, tokens=np.array([5], np.int32))], _GREEDY)[0].version == version - 1
 
 
 def test_a_value_that_changed_on_the_way_is_named(model: tuple[LlamaForCausalLM, Path], engine: VllmEngine) -> None:
