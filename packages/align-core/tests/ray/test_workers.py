@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +12,12 @@ import pytest
 
 pytest.importorskip("ray")
 
-import ray
-
 from align_core.config import ClusterConfig, ParallelConfig, TrainerConfig
 from align_core.errors import AlignError, DataError, WorkerError
-from align_core.ray import cluster
+from align_core.ray import cluster, shared
 from align_core.ray.workers import WorkerGroup
 from align_core.ray.world import RayWorld
+from align_core.types import Batch
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +53,12 @@ class Rank:
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def secret(self) -> Any:
+        return threading.Lock()
+
+    def total(self, batch: Batch) -> int:
+        return int(batch.tokens.sum())
 
 
 def make_rank(config: TrainerConfig, rank: int, meeting: str, timeout_s: float) -> Any:
@@ -144,11 +150,43 @@ def test_a_group_that_failed_is_gone(make_world: Callable[..., RayWorld]) -> Non
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_an_answer_that_cannot_travel_is_a_failure_of_its_rank(make_world: Callable[..., RayWorld]) -> None:
+    with pytest.raises(WorkerError, match=r"(?s)rank 0 failed in secret:.*cannot pickle '_thread.lock' object"):
+        group_of(make_world()).call("secret")
+
+
+def test_a_call_that_was_broken_off_leaves_no_answer_for_the_next(make_world: Callable[..., RayWorld]) -> None:
+    group = group_of(make_world())
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        group.call("sleep", 2.0)
+    with pytest.raises(WorkerError, match=r"^trainer lm model m cannot be called any more"):
+        group.call("hello")
+    group.close()
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_a_batch_reaches_every_rank(
+    make_world: Callable[..., RayWorld], monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    """Through shared memory, and over the lines where that is too small."""
+    if small:
+        monkeypatch.setattr(shared, "_write", lambda batch: None)
+    group = group_of(make_world())
+    with shared.reachable(Batch.of([[1, 2, 3], [4]]), everyone_here=group.on_this_node) as batch:
+        assert group.call("total", batch) == [10, 10]
+
+
 def test_the_board_knows_a_rank_that_was_stopped(make_world: Callable[..., RayWorld]) -> None:
     group = group_of(make_world())
     pid = group.call("hello")[1][1]
-    for actor in group.processes.actors:
-        actor.call.remote(group.role, "sleep", False, 60.0)
+
+    def call() -> None:
+        with pytest.raises(WorkerError):
+            group.call("sleep", 60.0)
+
+    caller = threading.Thread(target=call)
+    caller.start()
     time.sleep(1.5)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -159,4 +197,6 @@ def test_the_board_knows_a_rank_that_was_stopped(make_world: Callable[..., RayWo
     one, other = text.splitlines()[1:3]
     assert "rank 0: in sleep (call 4) for" in one and "silent" not in one
     assert "rank 1: in sleep (call 3) for" in other and "silent since" in other
-    ray.kill(group.processes.actors[0])
+    group.processes.close()  # the caller hears of it
+    caller.join(20)
+    assert not caller.is_alive()

@@ -84,7 +84,7 @@ class RayEngine:
             for number, (build, workers) in enumerate(zip(builds, groups, strict=True))
         ]
         self._asked: dict[int, _Asked] = {}
-        self._paused = False
+        self._paused = self._closed = False
         self._sink = self._make_sink()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
@@ -171,6 +171,7 @@ class RayEngine:
 
     def close(self) -> None:
         """Ends the processes; calling it again does nothing."""
+        self._closed = True
         for replica in self._replicas:
             replica.workers.close()
         self._pool.shutdown()
@@ -231,6 +232,8 @@ class RayEngine:
 
     def _restart(self, replica: _Replica, death: WorkerError, *, again: int = 0) -> None:
         """A new process with the current weights and the requests that the old one owed."""
+        if self._closed:
+            raise death  # it was ended, while another thread waited for it
         if replica.restarts == _RESTARTS:
             raise WorkerError(f"engine replica {replica.number} died {_RESTARTS + 1} times; the last time: {death}")
         replica.restarts += 1

@@ -62,10 +62,16 @@ class SharedBatch:
 
 @contextmanager
 def reachable(batch: Batch, *, everyone_here: bool) -> Iterator[Any]:
-    """Something that workers can open while the block lasts: a file of this node, or a reference of Ray's store."""
-    written = _write(batch) if everyone_here else None
-    if written is None:
+    """Something that workers can open while the block lasts: a file of this node, or a reference of Ray's store.
+
+    Where shared memory is too small it is the batch itself, which then goes over each worker's line.
+    """
+    if not everyone_here:
         yield ray.put(batch)
+        return
+    written = _write(batch)
+    if written is None:
+        yield batch
         return
     try:
         yield written

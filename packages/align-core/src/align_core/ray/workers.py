@@ -5,11 +5,10 @@ role and rank, what every rank was doing, and the end of its log. The others are
 that lost a member waits for it in a collective for ever.
 """
 
-import faulthandler
-import logging
 import os
-import traceback
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,77 +19,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from align_core.errors import AlignError, WorkerError
 from align_core.ray import logs, progress
+from align_core.ray.calls import ActorCalls, Call, Calls, LineCalls, LostWorkersError
+from align_core.ray.host import Failure, Host
 from align_core.ray.logs import Whereabouts
-from align_core.ray.shared import opened
 
 # When one rank fails, ranks that wait for it may fail first; so much later the cause has shown itself too.
 _GRACE_S = 3.0
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timed out")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """An error on its way from a worker, as text, because not every exception survives pickling."""
-
-    error: AlignError | None
-    text: str
-
-    @property
-    def lost_peer(self) -> bool:
-        """Whether this rank probably failed because another one had."""
-        return self.error is None and any(sign in self.text for sign in _LOST_PEER)
-
-
-class Host:
-    """Lives in a worker process and holds the objects that do the work, by name."""
-
-    def __init__(self, board: Any, worker: str, gpus: Sequence[int]) -> None:
-        faulthandler.enable()  # a crash in native code leaves its Python stack in the log
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-        logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
-        _see_only(gpus)
-        self._targets: dict[str, Any] = {}
-        self._heartbeat = progress.Heartbeat(board, worker)
-
-    def whereabouts(self) -> Whereabouts:
-        """This process, and where it logs."""
-        return logs.here()
-
-    def build(self, target: str, make: Callable[[], Any]) -> Any:
-        """Makes an object here, known as `target`; returns nothing of it, or the Failure it ended in."""
-
-        def build() -> None:
-            self._targets[target] = make()
-
-        return self._guarded("build", build)
-
-    def call(self, target: str, method: str, answers: bool, *arguments: Any) -> Any:
-        """`object.method(*arguments)` if it `answers`, else nothing; or the Failure it ended in."""
-        result = self._guarded(method, lambda: getattr(self._targets[target], method)(*opened(arguments)))
-        return result if answers or isinstance(result, Failure) else None
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """`function(*arguments)` in this process, or the Failure it ended in."""
-        return self._guarded(getattr(function, "__name__", "run"), lambda: function(*arguments))
-
-    def drop(self, target: str) -> None:
-        """Lets go of an object."""
-        close = getattr(self._targets.pop(target, None), "close", None)
-        if close is not None:
-            self._guarded("close", close)
-
-    def _guarded(self, name: str, work: Callable[[], Any]) -> Any:
-        self._heartbeat.begin(name)
-        try:
-            result = work()
-            self._heartbeat.end()
-            return result
-        except AlignError as error:
-            self._heartbeat.end(failed=error)
-            return Failure(error=error, text=str(error))
-        except Exception as error:
-            self._heartbeat.end(failed=error)
-            return Failure(error=None, text=traceback.format_exc())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,41 +59,65 @@ class Processes:
             .remote(board, name, place.gpus)
             for place, name in zip(places, self._names)
         ]
+        self._calls: Calls = ActorCalls(self.actors)
+        self._lock = threading.Lock()
+        self._lost = False  # an answer that no one has read may still come
         self.whereabouts: list[Whereabouts] = []
-        self.whereabouts = self.collect([actor.whereabouts.remote() for actor in self.actors], "start")
+        self.whereabouts = self.ask(dict.fromkeys(range(len(places)), ("whereabouts", ())), "start")
         here = ray.get_runtime_context().get_node_id()
         self.on_this_node = all(found.node_id == here for found in self.whereabouts)
+        if self.on_this_node:
+            try:
+                self._calls = LineCalls(self.actors)
+            except LostWorkersError as lost:
+                self._fail(role, "start", lost.results)
 
-    def collect(self, pending: Sequence[Any], method: str, *, role: str = "", ranks: Sequence[int] = ()) -> list[Any]:
-        """What the calls `pending` of `ranks` (all, if not said) give; the first failure ends all processes.
+    @property
+    def usable(self) -> bool:
+        """Whether workers can be called: none has failed, and no call was broken off."""
+        return bool(self.actors) and not self._lost
 
+    def ask(self, calls: Mapping[int, Call], method: str, *, role: str = "") -> list[Any]:
+        """What the calls of ranks give, in their order; the first failure ends all processes.
+
+        Args:
+            method: what errors say was called.
+            role: of whom.
         Raises:
             WorkerError: a process died, or an error that is not ours, with its rank, traceback and log.
             AlignError: a worker raised it.
         """
-        ranks = ranks or range(len(pending))
-        order = {reference: index for index, reference in enumerate(pending)}
-        results: list[Any] = [None] * len(order)
-        waiting = list(pending)
-        while waiting:
-            found, waiting = _next(waiting)
-            if any(isinstance(result, (Failure, RayActorError)) for _, result in found):
-                late, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_GRACE_S) if waiting else ([], [])
-                found += [(reference, _result(reference)) for reference in late]
-                self._fail(role or self.role, method, {ranks[order[reference]]: result for reference, result in found})
-            for reference, result in found:
-                results[order[reference]] = result
-        return results
+        with self._lock:
+            if not self.usable:
+                raise WorkerError(f"{role or self.role} cannot be called any more: its processes have ended")
+            self._lost = True
+            results = self._gather(calls, method, role or self.role)
+            self._lost = False
+            return [results[rank] for rank in calls]
 
     def close(self) -> None:
         """Ends the processes."""
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []
+        self._calls.close()
+
+    def _gather(self, calls: Mapping[int, Call], method: str, role: str) -> dict[int, Any]:
+        waiting = self._calls.start(calls)
+        results: dict[int, Any] = {}
+        while waiting:
+            found = self._calls.ended(waiting, None)
+            if any(_is_bad(result) for result in found.values()):
+                deadline = time.monotonic() + _GRACE_S
+                while waiting and (left := deadline - time.monotonic()) > 0:
+                    found |= self._calls.ended(waiting, left)
+                self._fail(role, method, found)
+            results |= found
+        return results
 
     def _fail(self, role: str, method: str, results: dict[int, Any]) -> None:
         """Ends the processes and raises the error of the rank that is to blame."""
-        bad = {rank: result for rank, result in results.items() if isinstance(result, (Failure, RayActorError))}
+        bad = {rank: result for rank, result in results.items() if _is_bad(result)}
         rank = min(bad, key=lambda rank: (_blame(bad[rank]), rank))
         found = bad[rank]
         if isinstance(found, Failure) and found.error is not None and type(found.error) is not AlignError:
@@ -208,9 +166,8 @@ class WorkerGroup:
 
     def build(self, makers: Sequence[Callable[[], Any]]) -> None:
         """Makes each worker's object in its process."""
-        actors = self.processes.actors
-        pending = [actor.build.remote(self.role, make) for actor, make in zip(actors, makers, strict=True)]
-        self.processes.collect(pending, "build", role=self.role)
+        calls = {rank: ("build", (self.role, make)) for rank, make in enumerate(makers)}
+        self.processes.ask(calls, "build", role=self.role)
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """The method's result on every worker, in rank order."""
@@ -222,16 +179,12 @@ class WorkerGroup:
 
     def call_each(self, method: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
         """The method's result on every worker, each with arguments of its own."""
-        pending = [
-            actor.call.remote(self.role, method, True, *own)
-            for actor, own in zip(self.processes.actors, arguments, strict=True)
-        ]
-        return self.processes.collect(pending, method, role=self.role)
+        calls = {rank: ("call", (self.role, method, True, *own)) for rank, own in enumerate(arguments)}
+        return self.processes.ask(calls, method, role=self.role)
 
     def run(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """The function's result in the process of one worker."""
-        pending = [self.processes.actors[rank].run.remote(function, *arguments)]
-        return self.processes.collect(pending, function.__name__, role=self.role, ranks=[rank])[0]
+        return self.processes.ask({rank: ("run", (function, *arguments))}, function.__name__, role=self.role)[0]
 
     def close(self) -> None:
         """Lets go of the objects; the last group to leave its processes ends them."""
@@ -241,34 +194,19 @@ class WorkerGroup:
         if not self.processes.users:
             self.processes.close()
             return
-        for actor in self.processes.actors:
-            actor.drop.remote(self.role)
+        if self.processes.usable:
+            drop: Call = ("drop", (self.role,))
+            self.processes.ask(dict.fromkeys(range(len(self)), drop), "close", role=self.role)
 
     def _call(self, method: str, arguments: Sequence[Any], *, answering: int) -> list[Any]:
-        pending = [
-            actor.call.remote(self.role, method, rank < answering, *arguments)
-            for rank, actor in enumerate(self.processes.actors)
-        ]
-        return self.processes.collect(pending, method, role=self.role)
+        speaking: Call = ("call", (self.role, method, True, *arguments))
+        silent: Call = ("call", (self.role, method, False, *arguments))
+        calls = {rank: speaking if rank < answering else silent for rank in range(len(self))}
+        return self.processes.ask(calls, method, role=self.role)
 
 
-def _next(waiting: list[Any]) -> tuple[list[tuple[Any, Any]], list[Any]]:
-    """Waits until a call has ended; every one that has, with its result, and those that have not."""
-    first, waiting = ray.wait(waiting, num_returns=1)
-    others, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=0) if waiting else ([], [])
-    done = [*first, *others]
-    try:
-        return list(zip(done, ray.get(done))), waiting
-    except RayActorError:  # of one of them; the others have results
-        return [(reference, _result(reference)) for reference in done], waiting
-
-
-def _result(reference: Any) -> Any:
-    """What the call gave, or how the worker died."""
-    try:
-        return ray.get(reference)
-    except RayActorError as error:
-        return error
+def _is_bad(result: Any) -> bool:
+    return isinstance(result, (Failure, RayActorError))
 
 
 def _blame(failure: Failure | RayActorError) -> int:
@@ -283,14 +221,3 @@ def _worker_environment(cpu_threads: int) -> dict[str, str]:
     threads = str(cpu_threads)
     home = {"HOME": os.environ["HOME"]} if "HOME" in os.environ else {}
     return {**home, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-
-
-def _see_only(gpus: Sequence[int]) -> None:
-    """Hides the node's other GPUs from this process, before CUDA starts in it.
-
-    Not through Ray's own shares of GPUs: an engine over several GPUs that trainers use too cannot be asked for so.
-    """
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        names = visible.split(",") if visible else [str(index) for index in range(max(gpus) + 1)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[index] for index in gpus)
