@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from align_core.config import (
     SamplingConfig,
     TrainerConfig,
 )
-from align_core.contracts import RolloutEngine, WeightSink
-from align_core.ray import cluster
-from align_core.ray.workers import Processes, WorkerGroup
+from align_core.contracts import WeightSink
+from align_core.ray import cluster, engine_host
+from align_core.ray.engine_host import EngineHost
 from align_core.ray.world import RayWorld
 from align_core.stages.grpo import run_grpo
 from align_core.stages.run import read_metrics
@@ -79,8 +80,8 @@ def make_null_rank(config: TrainerConfig, rank: int, meeting: str, timeout_s: fl
     return NullRank()
 
 
-class NullEngineHost:
-    """An engine that knows its answers before it is asked."""
+class NullEngine:
+    """An engine that knows its answers before it is asked; its own sink."""
 
     def __init__(self, *, vocab: int, length: int, count: int) -> None:
         rng = np.random.default_rng(0)
@@ -102,6 +103,12 @@ class NullEngineHost:
             for row, (prompt_id, sample) in enumerate(pairs)
         ]
 
+    def weight_sink(self) -> WeightSink:
+        return self
+
+    def close(self) -> None:
+        """Nothing to free."""
+
     def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
         self._pending = version
 
@@ -113,52 +120,10 @@ class NullEngineHost:
         self.version = self._pending
 
 
-class NullEngine:
-    """Its driver's side, as `align_core.ray.engine` has it."""
-
-    def __init__(self, workers: WorkerGroup, **sizes: int) -> None:
-        self._workers = workers
-        workers.build([lambda: NullEngineHost(**sizes)])
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
-        completions: list[Completion] = self._workers.call("generate", list(prompts), sampling)[0]
-        return completions
-
-    def weight_sink(self) -> WeightSink:
-        return _Sink(self._workers)
-
-    def close(self) -> None:
-        self._workers.close()
-
-
-class _Sink:
-    def __init__(self, workers: WorkerGroup) -> None:
-        self._workers = workers
-
-    def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
-        self._workers.call("begin", list(metadata), version)
-
-    def load(self, chunk: WeightChunk) -> None:
-        self._workers.call("load", list(chunk))
-
-    def commit(self) -> None:
-        self._workers.call("commit")
-
-
-class NullWorld(RayWorld):
-    """The real world, with nothing to do in it."""
-
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        super().__init__(ClusterConfig(), make_rank=make_null_rank)
-        self._sizes = sizes
-
-    def engine(self, model: Path, config: EngineConfig) -> RolloutEngine:
-        self._start()
-        (slots,) = self._placement.engines(1)  # type: ignore[union-attr]
-        processes = Processes("engine", [self._place(slots)], board=self._board)
-        engine = NullEngine(WorkerGroup("engine", processes), **self._sizes)
-        self._opened.append(engine)  # type: ignore[arg-type]
-        return engine
+def make_null_host(model: Path, config: EngineConfig, *, sizes: Mapping[str, int]) -> EngineHost:
+    """In the engine's process: all but the engine is as it is for vLLM."""
+    engine_host.make_engine = lambda model, config: NullEngine(**sizes)
+    return EngineHost(model, config)
 
 
 def measure(*, prompts: int, n: int, length: int, steps: int) -> dict[str, Any]:
@@ -185,7 +150,8 @@ def measure(*, prompts: int, n: int, length: int, steps: int) -> dict[str, Any]:
             engine=EngineConfig(context=length + 64),
             eval_every=10**6,
         )
-        world = NullWorld({"vocab": 300, "length": length, "count": prompts * n})
+        sizes = {"vocab": 300, "length": length, "count": prompts * n}
+        world = RayWorld(ClusterConfig(), make_rank=make_null_rank, make_host=partial(make_null_host, sizes=sizes))
         began = time.perf_counter()
         try:
             run_grpo(config, world)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from align_core.columns import from_columns
 from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink
 from align_core.errors import DataError, WorkerError
@@ -24,6 +25,9 @@ from align_core.ray.workers import WorkerGroup
 from align_core.types import Completion, Prompt
 
 logger = logging.getLogger(__name__)
+
+MakeHost = Callable[[Path, EngineConfig], EngineHost]
+"""(model, settings) -> what `EngineHost` is in an engine's process"""
 
 _RESTARTS = 3  # of one replica; more point to a cause that starting again does not remove
 _SLICE_S = 0.2  # a poll leaves the process of an engine free for other calls so often
@@ -72,11 +76,22 @@ class _DiedError(WorkerError):
 class RayEngine:
     """A `RolloutEngine` over replicas; see the contracts for its methods."""
 
-    def __init__(self, model: Path, config: EngineConfig, starts: Sequence[Callable[[], WorkerGroup]]) -> None:
-        """Starts one replica for each of `starts`, which make a worker group with one process."""
+    def __init__(
+        self,
+        model: Path,
+        config: EngineConfig,
+        starts: Sequence[Callable[[], WorkerGroup]],
+        *,
+        make_host: MakeHost = EngineHost,
+    ) -> None:
+        """Starts one replica for each of `starts`, which make a worker group with one process.
+
+        Args:
+            make_host: what to run in each process instead of an engine of the registry.
+        """
         self.events: list[str] = []
         """What happened to replicas, as it was logged."""
-        builds = [partial(_build, start, model, config) for start in starts]
+        builds = [partial(_build, start, partial(make_host, model, config)) for start in starts]
         self._pool = ThreadPoolExecutor(max_workers=len(builds), thread_name_prefix="align-engine")
         groups = list(self._pool.map(lambda build: build(), builds))
         self._replicas = [
@@ -211,15 +226,14 @@ class RayEngine:
     def _generate_on(self, replica: _Replica, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         while True:
             try:
-                found: list[Completion] = replica.ask("generate", list(prompts), sampling)
-                return found
+                return from_columns(replica.ask("generate", list(prompts), sampling))
             except _DiedError as death:
                 self._restart(replica, death, again=len(prompts) * sampling.n)
 
     def _poll(self, replica: _Replica, timeout_s: float) -> list[Completion]:
         """What the replica has delivered, each completion once."""
         new = []
-        for completion in self._alive(replica, "poll", timeout_s):
+        for completion in from_columns(self._alive(replica, "poll", timeout_s)):
             asked = self._asked.get(completion.prompt_id)
             if asked is None or completion.sample not in asked.left:
                 continue  # delivered before the replica died, and sampled once more with its neighbours
@@ -255,9 +269,9 @@ class RayEngine:
         logger.warning("%s; it was: %s", event, str(death).splitlines()[0])
 
 
-def _build(start: Callable[[], WorkerGroup], model: Path, config: EngineConfig) -> WorkerGroup:
+def _build(start: Callable[[], WorkerGroup], make: Callable[[], EngineHost]) -> WorkerGroup:
     workers = start()
-    workers.build([partial(EngineHost, model, config)])
+    workers.build([make])
     return workers
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from align_core.columns import to_columns
 from align_core.config import EngineConfig
 from align_core.contracts import DirectSink, LinkedSink, RolloutEngine, SupportsAsyncGenerate, SupportsSleep
 from align_core.errors import AlignError, ConfigError, SyncError
@@ -31,11 +32,12 @@ class EngineHost:
         self._seat: Seat | None = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """`method` of the engine, of its sink or of this object, or the Refusal it ended in."""
+        """`method` of the engine, of its sink or of this object, or the Refusal it ended in; completions as columns."""
         try:
-            return getattr(self._owner(method), method)(*arguments)
+            answer = getattr(self._owner(method), method)(*arguments)
         except AlignError as error:
             return Refusal(error=error)
+        return to_columns(answer) if method in ("generate", "poll") else answer
 
     def pulls(self) -> bool:
         """Whether the engine fetches weights itself."""

@@ -11,7 +11,8 @@ from align_core.config import ClusterConfig, EngineConfig, TrainerConfig
 from align_core.contracts import RolloutEngine
 from align_core.placement import Placement, Slot
 from align_core.ray import cluster
-from align_core.ray.engine import RayEngine
+from align_core.ray.engine import MakeHost, RayEngine
+from align_core.ray.engine_host import EngineHost
 from align_core.ray.progress import make_board
 from align_core.ray.trainer import MakeRank, RayTrainer
 from align_core.ray.workers import Place, Processes, WorkerGroup
@@ -21,14 +22,18 @@ from align_core.stages.world import Model
 class RayWorld:
     """Models and engines on the devices of a Ray cluster; frozen models live in the processes of trained ones."""
 
-    def __init__(self, config: ClusterConfig, *, make_rank: MakeRank | None = None) -> None:
+    def __init__(
+        self, config: ClusterConfig, *, make_rank: MakeRank | None = None, make_host: MakeHost = EngineHost
+    ) -> None:
         """Starts nothing yet: a stage checks its data first, and asks for processes then.
 
         Args:
             make_rank: what to run in each worker instead of a rank of Megatron.
+            make_host: what to run in each engine's process instead of an engine of the registry.
         """
         self._config = config
         self._make_rank = make_rank
+        self._make_host = make_host
         self._placement: Placement | None = None
         self._node_ids: list[str] = []
         self._board: Any = None
@@ -54,9 +59,8 @@ class RayWorld:
     def engine(self, model: Path, config: EngineConfig) -> RolloutEngine:
         """An engine of the registry, each of its replicas in a process of its own."""
         places = [self._place(slots) for slots in self._start().engines(config.tensor, config.replicas)]
-        engine = RayEngine(
-            model, config, [partial(self._engine_process, config, place, index) for index, place in enumerate(places)]
-        )
+        starts = [partial(self._engine_process, config, place, index) for index, place in enumerate(places)]
+        engine = RayEngine(model, config, starts, make_host=self._make_host)
         self._opened.append(engine)
         return engine
 
