@@ -2,12 +2,14 @@
 
     python benchmarks/resume.py --schedule sync --out benchmarks/results
     python benchmarks/resume.py --schedule one_step_off --out benchmarks/results
-    python benchmarks/resume.py --schedule in_process --points 10 --out benchmarks/results
+    python benchmarks/resume.py --schedule async --out benchmarks/results
+    python benchmarks/resume.py --schedule in_process --out benchmarks/results
 
-Real Megatron, real vLLM, Ray (except in_process); the tiny model on CPU, which a reward for digits makes learn. Each is
-run once undisturbed and then killed at points drawn by the seed: a phase (weight sync, generation, scoring, training,
-saving), a step, and a moment within the phase. What the continued run logs must equal the undisturbed run bit for bit,
-but for seconds. resume.md is written from all resume-*.json in the directory. About 35 s a run, two runs a point.
+Real Megatron, real vLLM, Ray (except in_process); the tiny model on CPU, which a reward for digits makes learn. One run
+is left undisturbed. Another is killed at a point drawn by the seed: a phase (weight sync, generation, scoring,
+training, saving), a call of it since the start, and a moment within that call; continued and killed at the next point;
+and so on, until the last continuation ends by itself. Whatever a continuation logs must equal the undisturbed run bit
+for bit, but for seconds. resume.md is written from all resume-*.json in the directory. About 25 s a point.
 """
 
 import argparse
@@ -31,12 +33,13 @@ from align_core import cli
 from align_core.stages import collect, grpo, schedule
 from align_core.stages.rewards import Rewards
 from align_core.stages.run import Run
+from align_core.stages.stream import Stream
 from align_core.tutorial.additions import write_additions
 from align_core.tutorial.tiny import make_tiny_model
 from align_rollout import environment
 
 PHASES = ("sync", "generate", "score", "train", "save")
-STEPS = 8
+KINDS = ("sync", "one_step_off", "async", "in_process")
 SAVE_EVERY = 2
 DEADLINE_S = 600.0
 REWARD = '''"""Rewards the share of digits."""
@@ -55,11 +58,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory for the results")
     parser.add_argument(
         "--schedule",
-        choices=("sync", "one_step_off", "in_process"),
+        choices=KINDS,
         default="sync",
-        help="in_process: sync without Ray, in forks of a process that has imported everything; 10 s a run",
+        help="in_process: sync without Ray, in forks of a process that has imported everything; 10 s a run. "
+        "async: staleness 1, completions under way end before new weights come",
     )
-    parser.add_argument("--points", type=int, default=5, help="kills; phases take turns")
+    parser.add_argument("--points", type=int, default=10, help="kills; phases take turns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phase", choices=PHASES, help="kill in this phase only")
     if sys.argv[1:2] == ["--child"]:
@@ -75,7 +79,8 @@ def main() -> int:
     found = [json.loads(path.read_text()) for path in sorted(arguments.out.glob("resume-*.json"))]
     (arguments.out / "resume.md").write_text(_markdown(found))
     print(_markdown(found))
-    return 0 if all(point["equal"] and point["killed"] for point in record["points"]) else 1
+    good = record["finished_equal"] and all(point["equal"] and point["killed"] for point in record["points"])
+    return 0 if good else 1
 
 
 def prove(folder: Path, *, kind: str, points: int, seed: int, phases: Sequence[str]) -> dict[str, Any]:
@@ -86,59 +91,70 @@ def prove(folder: Path, *, kind: str, points: int, seed: int, phases: Sequence[s
     rng = random.Random(f"{kind} {seed}")
     if kind == "in_process":
         preload()
-    complete(words_of(folder, "whole", kind), kind)
+    steps = 3 * points + 4  # a point is at most 4 steps further on than the one before, most are 2 or none
+    complete(words_of(folder, "whole", kind, steps), kind)
     whole = metrics(folder / "whole")
-    found = []
+    words = words_of(folder, "killed", kind, steps)
+    found: list[dict[str, Any]] = []
     for number in range(points):
-        point = {
-            "phase": phases[number % len(phases)],
-            "step": rng.randrange(SAVE_EVERY, STEPS - 1),
-            "delay_s": round(rng.uniform(0.0, 0.05), 4),
-        }
-        if point["phase"] == "save":  # comes after every SAVE_EVERY steps but the last
-            point["step"] = rng.randrange(STEPS // SAVE_EVERY - 1)
+        point = draw(rng, phases[number % len(phases)])
         began = time.perf_counter()
-        name = f"killed{number}"
-        killed = kill(point, words_of(folder, name, kind), kind)
-        checkpoints = sorted(path.name for path in (folder / name / "checkpoints").glob("step_*"))
-        logged = len(metrics(folder / name))
-        complete(words_of(folder, name, kind), kind)
-        after = metrics(folder / name)
-        found.append(
-            {
-                **point,
-                "killed": killed,
-                "lines_logged_before": logged,
-                "checkpoints": checkpoints,
-                "equal": after == whole,
-                "seconds": round(time.perf_counter() - began, 1),
-            }
-        )
+        killed = kill(point, words, kind)
+        logged = metrics(folder / "killed")
+        judge(found, logged, whole)
+        checkpoints = sorted(path.name for path in (folder / "killed" / "checkpoints").glob("step_*"))
+        found.append({**point, "killed": killed, "lines_logged_before": len(logged), "checkpoints": checkpoints})
+        found[-1]["seconds"] = round(time.perf_counter() - began, 1)
         print(found[-1], flush=True)
+    complete(words, kind)
+    judge(found, metrics(folder / "killed"), whole)
     return {
         "schedule": kind,
         "seed": seed,
-        "steps": STEPS,
+        "steps": steps,
         "save_every": SAVE_EVERY,
         "rewards": [line["reward"] for line in whole],
         "grad_norms": [line["grad_norm"] for line in whole],
+        "staleness": [line.get("staleness", 0.0) for line in whole],
         "values_compared": sum(len(line) for line in whole),
+        "finished_equal": metrics(folder / "killed") == whole,
         "points": found,
         "commit": _output(["git", "rev-parse", "--short", "HEAD"]),
         "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
 
 
-def words_of(folder: Path, out: str, kind: str) -> list[str]:
+def draw(rng: random.Random, phase: str) -> dict[str, Any]:
+    """A point: the phase, how many calls of it end before, and seconds into the next one."""
+    calls = rng.randrange(2) if phase == "save" else rng.randrange(1, 4)
+    return {"phase": phase, "call": calls, "delay_s": round(rng.uniform(0.0, 0.05), 4)}
+
+
+def judge(found: Sequence[dict[str, Any]], logged: Sequence[object], whole: Sequence[object]) -> None:
+    """Of the last point: whether what was logged since it, and all before, is as if nothing had happened."""
+    if found:
+        more = len(logged) > int(max(["step_0", *found[-1]["checkpoints"]], key=_number).removeprefix("step_"))
+        found[-1]["equal"] = more and list(logged) == list(whole[: len(logged)])
+
+
+def _number(checkpoint: str) -> int:
+    return int(checkpoint.removeprefix("step_"))
+
+
+def words_of(folder: Path, out: str, kind: str, steps: int) -> list[str]:
     """The command line after `align`."""
     where = {
         "sync": ("--cluster.placement", "colocated"),
         "one_step_off": ("--cluster.placement", "disaggregated", "--schedule.kind", "one_step_off"),
+        "async": (
+            *("--cluster.placement", "disaggregated", "--schedule.kind", "async"),
+            *("--schedule.max_staleness", "1", "--engine.in_flight", "drain"),
+        ),
         "in_process": ("--cluster.in_process", "true"),
     }[kind]
     return [
         *("grpo", "--model", str(folder / "hf"), "--data", str(folder / "data" / "prompts.jsonl")),
-        *("--out", str(folder / out), "--steps", str(STEPS), "--save_every", str(SAVE_EVERY)),
+        *("--out", str(folder / out), "--steps", str(steps), "--save_every", str(SAVE_EVERY)),
         *("--batch_size", "8", "--max_length", "64", "--reward", f"{folder / 'reward.py'}:digits"),
         *("--scoring.workers", "1", "--sampling.n", "4", "--sampling.max_tokens", "8", "--optimizer.lr", "0.003"),
         *("--engine.context", "64", "--engine.kv_cache_mib", "64", "--loss.kl_coef", "0.01"),
@@ -196,7 +212,9 @@ def run_until_killed(point: Mapping[str, Any], words: list[str]) -> int:
         "train": (grpo, "update"),
         "save": (Run, "_save"),
     }[point["phase"]]
-    setattr(owner, name, _fatal(getattr(owner, name), call=point["step"], delay_s=point["delay_s"]))
+    if point["phase"] == "generate" and "async" in words:
+        owner, name = Stream, "take"
+    setattr(owner, name, _fatal(getattr(owner, name), call=point["call"], delay_s=point["delay_s"]))
     return cli.main(words)
 
 
@@ -230,14 +248,15 @@ def metrics(out: Path) -> list[dict[str, float]]:
 def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
     points = [(record["schedule"], point) for record in records for point in record["points"]]
     rows = [
-        f"| {kind} | {p['phase']} | {p['step']} | {1000 * p['delay_s']:.0f} | {p['lines_logged_before']} | "
+        f"| {kind} | {p['phase']} | {p['call']} | {1000 * p['delay_s']:.0f} | {p['lines_logged_before']} | "
         f"{', '.join(p['checkpoints']) or 'none'} | {_verdict(p)} |"
         for kind, p in points
     ]
     good = sum(p["equal"] and p["killed"] for _, p in points)
     killed = sum(p["killed"] for _, p in points)
     facts = [
-        f"* {r['schedule']}: reward {r['rewards'][0]:.4f} to {r['rewards'][-1]:.4f}, gradient norms "
+        f"* {r['schedule']}: {r['steps']} steps, in the end all {'equal' if r['finished_equal'] else '**not equal**'}; "
+        f"staleness up to {max(r['staleness']):.0f}; reward {r['rewards'][0]:.4f} to {r['rewards'][-1]:.4f}, norms "
         f"{min(r['grad_norms']):.3g} to {max(r['grad_norms']):.3g}; {r['values_compared']} values compared a run; "
         f"{r['machine']}; commit {r['commit']}; seed {r['seed']}"
         for r in records
@@ -246,10 +265,11 @@ def _markdown(records: Sequence[Mapping[str, Any]]) -> str:
         [
             "# Killed anywhere, continued bit for bit",
             "",
-            f"`align grpo` (Megatron, vLLM on CPU, tiny model, {STEPS} steps, checkpoint every {SAVE_EVERY}) "
-            "got SIGKILL, driver and children, in the named call of the phase, so long after its beginning; then the "
-            f"same command ran again. {good} of {killed} continued with the metrics of the undisturbed run, bit for "
-            "bit. `python benchmarks/resume.py --schedule in_process --points 10 --out benchmarks/results`.",
+            f"`align grpo` (Megatron, vLLM on CPU, Ray but for in_process; tiny model, checkpoint every {SAVE_EVERY} "
+            "steps) got SIGKILL, driver and children, so long into the named call of the phase since its start; the "
+            f"same command ran again and was killed at the next point. {good} of {killed} kills were followed by the "
+            "metrics of the undisturbed run, bit for bit. `python benchmarks/resume.py --schedule sync --out "
+            "benchmarks/results`, and so for each schedule.",
             "",
             *facts,
             "",

@@ -11,6 +11,7 @@ from align_core.conformance import (
     check_async,
     check_change_on_the_way,
     check_engine,
+    check_partial,
     check_sleep,
     check_weight_sink,
     check_weight_source,
@@ -60,6 +61,12 @@ def test_fake_engine_continues_paused_requests_with_new_weights() -> None:
     engine = FakeEngine(weights=_weights(0), context=4096)
     first, second = ArrayWeights(_weights(1)), ArrayWeights(_weights(2))
     check_change_on_the_way(engine, first=first, second=second, vocab_size=_VOCAB, context=4096)
+    engine.close()
+
+
+def test_fake_engine_goes_on_from_what_another_had_begun() -> None:
+    engine = FakeEngine(weights=_weights(0), context=4096)
+    check_partial(engine, vocab_size=_VOCAB, context=4096)
     engine.close()
 
 

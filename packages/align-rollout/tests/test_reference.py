@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.conformance import check_async, check_change_on_the_way, check_generation, check_weight_sink
+from align_core.conformance import (
+    check_async,
+    check_change_on_the_way,
+    check_generation,
+    check_partial,
+    check_weight_sink,
+)
 from align_core.errors import ConfigError
 from align_core.types import ParamMeta, Prompt, WeightTensor
 from align_rollout.reference import TransformersEngine
@@ -61,6 +67,10 @@ def test_requests_under_way_continue_with_new_weights(engine: TransformersEngine
         context=64,
         version=next(versions),
     )
+
+
+def test_goes_on_from_what_another_had_begun(engine: TransformersEngine, twin: Any) -> None:
+    check_partial(engine, vocab_size=twin.vocab_size, context=64)
 
 
 def test_greedy_tokens_and_sampled_logprobs_equal_hugging_face(engine: TransformersEngine, twin: Any) -> None:

@@ -18,6 +18,7 @@ from align_core.conformance import (
     check_async,
     check_change_on_the_way,
     check_generation,
+    check_partial,
     check_sleep,
     check_weight_sink,
 )
@@ -153,6 +154,11 @@ def test_requests_under_way_continue_with_new_weights(pair: _Pair) -> None:
     check_change_on_the_way(
         pair.engine, first=first, second=second, vocab_size=128, context=256, version=version, tolerance=1e-4
     )
+
+
+def test_goes_on_from_what_another_had_begun(pair: _Pair) -> None:
+    """With the weights of the test before, by which no completion ends early."""
+    check_partial(pair.engine, vocab_size=128, context=256)
 
 
 def _without_end(source: WeightSource, pair: _Pair) -> WeightSource:

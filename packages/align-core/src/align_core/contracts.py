@@ -233,6 +233,24 @@ class SupportsTokenStream(Protocol):
 
 
 @runtime_checkable
+class SupportsPartial(Protocol):
+    """An engine that samples in the background and can be saved in the middle of it."""
+
+    def partial(self) -> list[Completion]:
+        """What the completions under way have so far, with finish reason `abort`; they go on undisturbed."""
+        ...
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """As `SupportsAsyncGenerate.submit`, but not from the beginning.
+
+        Args:
+            begun: completions of these prompts. One with finish reason `abort` keeps its tokens, log-probs and
+                versions and is sampled on with the weights of now; any other is whole and is not sampled again.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsSleep(Protocol):
     """An engine that gives its device memory back while something else needs it."""
 

@@ -1,5 +1,6 @@
 """Engines over Ray: the contract through processes, replicas, refusals that end nothing, deaths that lose nothing."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ pytest.importorskip("ray")
 pytest.importorskip("align_rollout")
 
 from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
-from align_core.conformance import check_async, check_generation, check_sleep, check_weight_sink
+from align_core.conformance import check_async, check_generation, check_partial, check_sleep, check_weight_sink
 from align_core.errors import DataError
 from align_core.ray import cluster
 from align_core.ray.engine import RayEngine
@@ -59,6 +60,13 @@ def test_two_replicas_conform_as_one_engine(engine: RayEngine) -> None:
     check_async(engine, vocab_size=_VOCAB, context=64, eos_ids=[2])
     check_weight_sink(engine, first=weights(1), second=weights(2), vocab_size=_VOCAB)
     check_sleep(engine, weights(3), vocab_size=_VOCAB, version=100)
+
+
+def test_two_replicas_go_on_from_what_others_had_begun(world: RayWorld, tmp_path: Path) -> None:
+    fake.save_bigram(tmp_path, weights(0)._weights, eos_id=_VOCAB + 1)  # so that no completion ends early
+    engine = world.engine(tmp_path, dataclasses.replace(_CONFIG, context=4096))
+    assert isinstance(engine, RayEngine)
+    check_partial(engine, vocab_size=_VOCAB, context=4096)
 
 
 def prompts(count: int) -> list[Prompt]:

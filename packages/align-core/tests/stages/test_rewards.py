@@ -1,6 +1,8 @@
 """Scoring a rollout: texts and columns, weighted sums, failures that keep their reason, lengths, the reward model."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,3 +200,35 @@ def test_bad_rewards_are_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         rewards_of(lambda p, c, k: [], reward=reward)
+
+
+REPORTING = """
+from align_core.types import Score
+from pathlib import Path
+
+
+def mine(prompts, completions, columns):
+    with Path(__file__).with_name("asked.txt").open("a") as file:
+        file.writelines(f"{text}\\n" for text in completions)
+    return [Score(value=None, error="bad") if "5" in t else Score(value=float(len(t))) for t in completions]
+"""
+
+
+def test_completions_are_scored_ahead_once_and_the_rest_when_it_is_asked_for(
+    tmp_path: Path, make_config: Callable[..., Any], fake_world: Callable[..., Any], tokenizer: Tokenizer
+) -> None:
+    (tmp_path / "mine.py").write_text(REPORTING)
+    scoring = ScoringConfig(workers=1, on_failure="drop", retries=0)
+    config = make_config("grpo", reward=f"{tmp_path / 'mine.py'}:mine", scoring=scoring)
+    with closing(Rewards(config, fake_world(), tokenizer)) as rewards:
+        both = rollout(tokenizer, "22", "4 5")
+        rewards.score_ahead(both.select(np.asarray([1])))
+        asked, deadline = tmp_path / "asked.txt", time.monotonic() + 30
+        while not (asked.exists() and asked.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert asked.read_text().split() == ["4", "5"], "scored before anybody asks for the score"
+        scored = rewards.score(both)
+        assert scored.rewards.tolist() == [2.0] and scored.failed == 1
+        assert asked.read_text().splitlines() == ["4 5", "22"]
+        assert rewards.score(both).failed == 1
+        assert asked.read_text().splitlines() == ["4 5", "22", "22", "4 5"], "a score is handed out once"

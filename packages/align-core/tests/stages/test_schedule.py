@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from align_core.config import ClusterConfig, EngineConfig, GrpoConfig, SamplingConfig, ScheduleConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, WeightSink
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, WeightSink
 from align_core.errors import CheckpointError, ConfigError
 from align_core.stages.carried import from_text, to_text
 from align_core.stages.clock import Clock
@@ -52,6 +52,17 @@ class BackgroundEngine:
             for prompt in prompts
             for sample in range(sampling.n)
         ]
+
+    def partial(self) -> list[Completion]:
+        return [self._end(one, "abort") for one in self._under_way]
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        self.submit(prompts, sampling)
+        for completion in begun:
+            (one,) = (o for o in self._under_way if (o["id"], o["sample"]) == (completion.prompt_id, completion.sample))
+            one["versions"] = [*completion.token_versions.tolist(), self.version]
+            if completion.finish_reason != "abort":
+                self._under_way.remove(one)
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         if timeout_s == 0.0:
@@ -98,12 +109,15 @@ class BackgroundEngine:
 
 
 _conforms: type[SupportsAsyncGenerate] = BackgroundEngine
+_is_saved: type[SupportsPartial] = BackgroundEngine
 _engine: type[RolloutEngine] = BackgroundEngine
 
 
 @pytest.fixture
 def make(make_config: Callable[..., GrpoConfig]) -> Callable[..., tuple[GrpoConfig, Prompts]]:
-    def make(kind: str, staleness: int = 1, *, steps: int = STEPS) -> tuple[GrpoConfig, Prompts]:
+    def make(
+        kind: str, staleness: int = 1, *, steps: int = STEPS, in_flight: Any = "drain"
+    ) -> tuple[GrpoConfig, Prompts]:
         config = make_config(
             "grpo",
             steps=steps,
@@ -111,7 +125,7 @@ def make(make_config: Callable[..., GrpoConfig]) -> Callable[..., tuple[GrpoConf
             sampling=SamplingConfig(n=N, max_tokens=5),
             schedule=ScheduleConfig(kind=kind, max_staleness=staleness),  # type: ignore[arg-type]
             cluster=ClusterConfig(placement="disaggregated"),
-            engine=EngineConfig(name="fake", context=64),
+            engine=EngineConfig(name="fake", context=64, in_flight=in_flight),
         )
         return config, Prompts(config)
 
@@ -206,13 +220,86 @@ def test_a_saved_schedule_goes_on_to_the_same_completions(make: Callable[..., An
         assert to_text(one.completions) == to_text(other.completions)
 
 
+@pytest.mark.parametrize("in_flight", ["drain", "abort", "continue"])
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_saved_stream_loses_and_doubles_nothing(make: Callable[..., Any], staleness: int) -> None:
-    config, prompts = make("async", staleness)
+def test_a_saved_stream_loses_and_doubles_nothing(make: Callable[..., Any], staleness: int, in_flight: str) -> None:
+    config, prompts = make("async", staleness, in_flight=in_flight)
     for save_at in range(1, STEPS):
-        rollouts = run(config, prompts, BackgroundEngine(in_flight="continue", slow=[1, 7]), save_at=save_at)
+        rollouts = run(config, prompts, BackgroundEngine(in_flight=in_flight, slow=[1, 7]), save_at=save_at)
         check_whole(rollouts, config)
         assert max(step - oldest(rollout) for step, rollout in enumerate(rollouts)) <= staleness
+
+
+def versions_of(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """Of each completion of the run, the versions that sampled it."""
+    return [sorted(set(c.token_versions.tolist())) for rollout in rollouts for c in rollout.completions]
+
+
+def test_where_new_weights_wait_a_checkpoint_waits_too(make: Callable[..., Any]) -> None:
+    """So that completions under way end with the weights that began them, as they would have."""
+    config, prompts = make("async", 1)
+    undisturbed = versions_of(run(config, prompts, BackgroundEngine()))
+    assert undisturbed[-1] == [STEPS - 2]
+    for save_at in range(1, STEPS):
+        assert versions_of(run(config, prompts, BackgroundEngine(), save_at=save_at)) == undisturbed
+
+
+@pytest.mark.parametrize("save_at", [2, 3])
+def test_a_continued_run_keeps_the_tokens_of_partial_rollouts(make: Callable[..., Any], save_at: int) -> None:
+    config, prompts = make("async", 2, in_flight="continue")
+    rollouts = run(config, prompts, BackgroundEngine(in_flight="continue", slow=[13, 14]), save_at=save_at)
+    found = [c for rollout in rollouts for c in rollout.completions if c.prompt_id in (13, 14)]
+    assert len(found) == 2 * N
+    for completion in found:  # submitted before step 1, taken by step 3
+        assert completion.version == 1 and {1, 3} <= set(completion.token_versions.tolist()) <= {1, 2, 3}
+
+
+def test_an_engine_that_is_not_saved_begins_anew(make: Callable[..., Any]) -> None:
+    class Plain:
+        """Neither `partial` nor `submit_begun`."""
+
+        def __init__(self, **settings: Any) -> None:
+            engine = BackgroundEngine(in_flight="continue", **settings)
+            for name in ("submit", "poll", "abort", "pause", "resume", "generate", "weight_sink", "close", "commit"):
+                setattr(self, name, getattr(engine, name))
+
+    config, prompts = make("async", 2, in_flight="continue")
+    first: Any = Plain(slow=[9])
+    schedule = open_schedule(config, first, prompts)
+    for step in range(2):
+        schedule.rollout(step, lambda _: first.commit(step), Clock())  # noqa: B023  (called at once)
+    second: Any = Plain()
+    again = open_schedule(config, second, prompts)
+    again.restore(schedule.state())
+    rollout = again.rollout(2, lambda _: second.commit(2), Clock())
+    assert ids(rollout) == sorted(list(range(8, 12)) * N)
+    assert {c.version for c in rollout.completions if c.prompt_id == 9} == {2}
+
+
+def test_groups_are_told_of_as_they_end_and_once(make: Callable[..., Any]) -> None:
+    """Those of later steps too, and again after a restart, whose scores are gone."""
+    config, prompts = make("async", 2)
+    told: list[list[int]] = []
+    engine = BackgroundEngine(slow=[1])
+    schedule = open_schedule(config, engine, prompts, lambda rollout: told.append(ids(rollout)))
+    schedule.rollout(0, lambda _: engine.commit(0), Clock())
+    early = {group[0] for group in told}
+    assert all(group == [group[0]] * N for group in told) and len(early) == len(told)
+    assert set(range(SIZE)) < early and told[-1][0] == 1, "the slow one comes last, others need not wait for it"
+    later: list[list[int]] = []
+    again = open_schedule(config, BackgroundEngine(), prompts, lambda rollout: later.append(ids(rollout)))
+    again.restore(schedule.state())
+    assert {group[0] for group in later} >= early - set(range(SIZE))
+
+
+def test_what_is_sampled_ahead_is_told_of_when_it_is_whole(make: Callable[..., Any]) -> None:
+    config, prompts = make("one_step_off")
+    told: list[list[int]] = []
+    engine = BackgroundEngine()
+    schedule = open_schedule(config, engine, prompts, lambda rollout: told.append(ids(rollout)))
+    for step in range(STEPS):
+        schedule.rollout(step, lambda _: engine.commit(step), Clock())  # noqa: B023  (called at once)
+    assert told == [sorted(list(range(step * SIZE, (step + 1) * SIZE)) * N) for step in range(1, STEPS)]
 
 
 def test_completions_survive_as_text() -> None:

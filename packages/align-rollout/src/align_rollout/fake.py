@@ -16,6 +16,7 @@ from align_core.config import EngineConfig, InFlight, SamplingConfig
 from align_core.contracts import (
     RolloutEngine,
     SupportsAsyncGenerate,
+    SupportsPartial,
     SupportsSleep,
     SupportsTokenStream,
     WeightSink,
@@ -82,6 +83,14 @@ class FakeEngine:
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
         self._stream.submit(prompts, sampling)
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """See `align_core.contracts.SupportsPartial`."""
+        self._stream.submit_begun(prompts, sampling, begun)
+
+    def partial(self) -> list[Completion]:
+        """See `align_core.contracts.SupportsPartial`."""
+        return self._stream.partial()
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
@@ -160,7 +169,7 @@ class _Sampler:
     def __init__(self, request: Request, *, eos_ids: Collection[int]) -> None:
         self._request, self._eos_ids = request, eos_ids
         self._generator = np.random.default_rng(request.seed)
-        self._last, self._length = int(request.prompt.tokens[-1]), 0
+        self._last, self._length = int(request.tokens[-1]), 0
 
     def step(self, logits_VV: NDArray[np.float32]) -> Delta:
         logits_V = logits_VV[self._last].astype(np.float64)
@@ -264,6 +273,7 @@ def _as_float32(weight: WeightTensor) -> NDArray[np.float32]:
 
 _conforms: type[RolloutEngine] = FakeEngine
 _streams: type[SupportsAsyncGenerate] = FakeEngine
+_is_saved: type[SupportsPartial] = FakeEngine
 _sleeps: type[SupportsSleep] = FakeEngine
 _sink_conforms: type[WeightSink] = _FakeSink
 _source_conforms: type[WeightSource] = ArrayWeights

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsTokenStream, WeightSink
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, SupportsTokenStream, WeightSink
 from align_core.errors import ConfigError, MissingDependencyError, SyncError
 from align_core.text import load_tokenizer
 from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightChunk
@@ -77,6 +77,14 @@ class TransformersEngine:
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
         self._stream.submit(prompts, sampling)
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """See `align_core.contracts.SupportsPartial`."""
+        self._stream.submit_begun(prompts, sampling, begun)
+
+    def partial(self) -> list[Completion]:
+        """See `align_core.contracts.SupportsPartial`."""
+        return self._stream.partial()
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
@@ -151,7 +159,7 @@ class _Sequence:
         import torch  # noqa: PLC0415
 
         self._request, self._eos_ids = request, eos_ids
-        self._tokens: list[int] = request.prompt.tokens.tolist()
+        self._tokens: list[int] = request.tokens.tolist()
         self._sampled = 0
         self._generator = torch.Generator().manual_seed(request.seed)
         self.forget_cache()
@@ -240,5 +248,6 @@ def _draw(logits_V: "torch.Tensor", sampling: SamplingConfig, generator: "torch.
 
 _conforms: type[RolloutEngine] = TransformersEngine
 _streams: type[SupportsAsyncGenerate] = TransformersEngine
+_is_saved: type[SupportsPartial] = TransformersEngine
 _takes: type[WeightSink] = _Sink
 _follows: type[SupportsTokenStream] = TransformersEngine

@@ -8,12 +8,15 @@ from align_core.errors import DataError
 from align_core.types import Prompt
 
 
-def completion_seed(*, seed: int, prompt_id: int, sample: int) -> int:
+def completion_seed(*, seed: int, prompt_id: int, sample: int, begun: int = 0) -> int:
     """Seed in [0, 2^63) of one completion: equal for equal arguments, whatever else is in the batch.
 
     A hash, not a sum: seed 1 of prompt 2 and seed 2 of prompt 1 must not draw the same numbers.
+
+    Args:
+        begun: tokens that it has already; what follows must not repeat the draws that gave them.
     """
-    text = f"{seed}/{prompt_id}/{sample}".encode()
+    text = (f"{seed}/{prompt_id}/{sample}" + (f"/{begun}" if begun else "")).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

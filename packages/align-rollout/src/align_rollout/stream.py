@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from align_core.config import InFlight, SamplingConfig
 from align_core.errors import ConfigError, DataError, SyncError
@@ -32,9 +33,17 @@ class Request:
     sample: int
     sampling: SamplingConfig
     max_tokens: int
+    """Most tokens still to sample."""
     seed: int
     at_once: bool
     """Nobody looks at it before it has ended, so its tokens may come all together."""
+    begun: Completion | None = None
+    """What it has already, from an engine of before."""
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """int32 [L], the prompt and what was sampled before."""
+        return self.prompt.tokens if self.begun is None else np.concatenate([self.prompt.tokens, self.begun.tokens])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +81,16 @@ class _State:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, request: Request, stop: StopTexts | None) -> "_State":
+        """With what the request has already."""
+        state = cls(request=request, stop=stop)
+        if request.begun is not None:
+            state.tokens = request.begun.tokens.tolist()
+            state.logprobs = request.begun.logprobs.tolist()
+            state.versions = request.begun.token_versions.tolist()
+        return state
 
     def extend(self, delta: Delta, version: int) -> FinishReason | None:
         """Takes the next tokens; returns why the completion ends with them, if it does."""
@@ -154,12 +173,21 @@ class Stream:
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self.submit_begun(prompts, sampling, [])
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """See `align_core.contracts.SupportsPartial`."""
         with self._entered():
-            self._add(self._requests(prompts, sampling, at_once=False), sampling)
+            self._add(self._requests(prompts, sampling, at_once=False, begun=begun), sampling)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="align-rollout", daemon=True)
             self._thread.start()
         self._wake()
+
+    def partial(self) -> list[Completion]:
+        """See `align_core.contracts.SupportsPartial`."""
+        with self._entered():
+            return [state.completion("abort", self._version()) for state in self._running.values()]
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
@@ -271,30 +299,32 @@ class Stream:
                 self._ended.extend(completions)
                 self._news.notify_all()
 
-    def _requests(self, prompts: Sequence[Prompt], sampling: SamplingConfig, *, at_once: bool) -> list[Request]:
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        at_once: bool,
+        begun: Sequence[Completion] = (),
+    ) -> list[Request]:
         self._check(prompts, sampling)
+        under_way = {state.request.prompt.id for state in self._running.values()}
         for prompt in prompts:
-            if f"{prompt.id}/0" in self._running:
+            if prompt.id in under_way:
                 raise DataError(f"prompt id {prompt.id} is under way already; give every drawn prompt an id of its own")
+        had = {(completion.prompt_id, completion.sample): completion for completion in begun}
         return [
-            Request(
-                key=f"{prompt.id}/{sample}",
-                prompt=prompt,
-                sample=sample,
-                sampling=sampling,
-                max_tokens=prompt.max_tokens or sampling.max_tokens,
-                seed=completion_seed(seed=sampling.seed, prompt_id=_seed_id(prompt), sample=sample),
-                at_once=at_once,
-            )
+            _request(prompt, sample, sampling, at_once=at_once, begun=had.get((prompt.id, sample)))
             for prompt in prompts
             for sample in range(sampling.n)
+            if (prompt.id, sample) not in had or had[prompt.id, sample].finish_reason == "abort"
         ]
 
     def _add(self, requests: Sequence[Request], sampling: SamplingConfig) -> None:
         stop = self._stop_texts(sampling)
         for request in requests:
             self._stepper.add(request)
-            self._running[request.key] = _State(request=request, stop=stop)
+            self._running[request.key] = _State.of(request, stop)
 
     def _stop_texts(self, sampling: SamplingConfig) -> StopTexts | None:
         if not sampling.stop:
@@ -341,6 +371,22 @@ class Stream:
         self._stepper.abort(keys)
         for key in keys:
             del self._running[key]
+
+
+def _request(
+    prompt: Prompt, sample: int, sampling: SamplingConfig, *, at_once: bool, begun: Completion | None
+) -> Request:
+    length = 0 if begun is None else len(begun.tokens)
+    return Request(
+        key=f"{prompt.id}/{sample}",
+        prompt=prompt,
+        sample=sample,
+        sampling=sampling,
+        max_tokens=(prompt.max_tokens or sampling.max_tokens) - length,
+        seed=completion_seed(seed=sampling.seed, prompt_id=_seed_id(prompt), sample=sample, begun=length),
+        at_once=at_once,
+        begun=begun if length else None,
+    )
 
 
 def _seed_id(prompt: Prompt) -> int:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, SupportsTokenStream, WeightSink
+from align_core.contracts import (
+    RolloutEngine,
+    SupportsAsyncGenerate,
+    SupportsPartial,
+    SupportsSleep,
+    SupportsTokenStream,
+    WeightSink,
+)
 from align_core.errors import ConfigError
 from align_core.text import load_tokenizer
 from align_core.types import ITEM_BYTES, Completion, ParamMeta, Piece, Prompt
@@ -135,6 +142,14 @@ class VllmEngine:
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
         self._stream.submit(prompts, sampling)
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """See `align_core.contracts.SupportsPartial`."""
+        self._stream.submit_begun(prompts, sampling, begun)
+
+    def partial(self) -> list[Completion]:
+        """See `align_core.contracts.SupportsPartial`."""
+        return self._stream.partial()
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
@@ -279,4 +294,5 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
 _conforms: type[RolloutEngine] = VllmEngine
 _sleeps: type[SupportsSleep] = VllmEngine
 _streams: type[SupportsAsyncGenerate] = VllmEngine
+_is_saved: type[SupportsPartial] = VllmEngine
 _follows: type[SupportsTokenStream] = VllmEngine

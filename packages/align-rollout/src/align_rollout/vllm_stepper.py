@@ -19,7 +19,7 @@ class VllmStepper:
 
     def add(self, request: Request) -> None:
         """See `Stepper`. Each sample is a request with a seed of its own; prefix caching shares the prompt."""
-        prompt = {"type": "token", "prompt_token_ids": request.prompt.tokens.tolist()}
+        prompt = {"type": "token", "prompt_token_ids": request.tokens.tolist()}
         self._engine.add_request(request.key, prompt, self._params(request))
 
     def step(self) -> list[Delta]:

@@ -4,7 +4,7 @@ Each implementation calls these in its own tests, the fakes too: a stage that wo
 numpy and the contracts, no test framework, and nothing of how an implementation is made.
 """
 
-from align_core.conformance.asynchronous import check_async, check_change_on_the_way, check_sleep
+from align_core.conformance.asynchronous import check_async, check_change_on_the_way, check_partial, check_sleep
 from align_core.conformance.engine import check_engine, check_generation
 from align_core.conformance.expectations import ConformanceError
 from align_core.conformance.judge import check_judge
@@ -19,6 +19,7 @@ __all__ = [
     "check_engine",
     "check_generation",
     "check_judge",
+    "check_partial",
     "check_reward",
     "check_sleep",
     "check_trainer",

@@ -12,6 +12,7 @@ from align_core.conformance.expectations import draw_prompts, expect, refused
 from align_core.contracts import (
     RolloutEngine,
     SupportsAsyncGenerate,
+    SupportsPartial,
     SupportsSleep,
     SupportsTokenStream,
     WeightSource,
@@ -117,6 +118,58 @@ def check_change_on_the_way(
     expect(mixed.tokens[before:].tolist() == rest.tokens.tolist(), "tokens after the change are not the new weights'")
     close = np.allclose(mixed.logprobs[before:], rest.logprobs, rtol=0, atol=tolerance)
     expect(bool(close), "log-probs after the change are not the new weights'")
+
+
+def check_partial(engine: AsyncEngine, *, vocab_size: int, context: int, tolerance: float = 1e-4) -> None:
+    """What is under way can be asked for, and gone on with: here by the same engine, after it has given all up."""
+    if not isinstance(engine, SupportsPartial):
+        expect(False, f"{type(engine).__name__} lacks a method of SupportsPartial")
+        return
+    prompts = draw_prompts(vocab_size, lengths=(4, 6, 5))
+    sampling = SamplingConfig(max_tokens=context - 8, temperature=0.0)
+    expected = {(c.prompt_id, c.sample): c for c in engine.generate(prompts, sampling)}
+    expect(engine.partial() == [], "partial with nothing under way must be empty")
+    for _ in range(10):  # everything may have ended before the engine is paused
+        engine.submit([*prompts, Prompt(id=999, tokens=prompts[0].tokens, max_tokens=1)], sampling)
+        found = engine.poll(_PATIENCE_S)
+        engine.pause()
+        found += engine.poll(0.0)
+        under_way = engine.partial()
+        engine.abort()
+        engine.resume()
+        _drain(engine, len(under_way))
+        if any(
+            0 < len(c.tokens) < len(expected[c.prompt_id, c.sample].tokens) for c in under_way if c.prompt_id != 999
+        ):
+            break
+    else:
+        expect(False, "no request was under way with some of its tokens, ten times")
+    begun = [c for c in (*found, *under_way) if c.prompt_id != 999]
+    expect({c.finish_reason for c in under_way} == {"abort"}, "what is under way must have finish reason 'abort'")
+    expect(_by_key(begun).keys() == expected.keys(), "what is under way and what has ended are not what was submitted")
+    for c in begun:
+        same = c.tokens.tolist() == expected[c.prompt_id, c.sample].tokens[: len(c.tokens)].tolist()
+        expect(same, "the tokens of a request under way are not the first of its completion")
+    whole = expected[prompts[0].id, 0]
+    others = [c for c in begun if c.prompt_id != whole.prompt_id]
+    older = [whole, *(dataclasses.replace(c, version=c.version - 1, versions=None) for c in others)]
+    engine.submit_begun(prompts, sampling, older)
+    rest = {(c.prompt_id, c.sample): c for c in _drain(engine, sum(c.finish_reason == "abort" for c in older))}
+    expect(engine.poll() == [], "a completion that was whole was sampled again")
+    for c in older:
+        if c.finish_reason == "abort":
+            _check_continued(c, rest[c.prompt_id, c.sample], expected[c.prompt_id, c.sample], tolerance)
+
+
+def _check_continued(begun: Completion, found: Completion, expected: Completion, tolerance: float) -> None:
+    count = len(begun.tokens)
+    expect(found.tokens.tolist() == expected.tokens.tolist(), "a completion that was gone on with has other tokens")
+    expect(found.logprobs[:count].tolist() == begun.logprobs.tolist(), "log-probs from before were not kept")
+    close = np.allclose(found.logprobs, expected.logprobs, rtol=0, atol=tolerance)
+    expect(bool(close), "log-probs of a completion that was gone on with differ")
+    versions = [*begun.token_versions.tolist(), *expected.token_versions[count:].tolist()]
+    expect(found.token_versions.tolist() == versions, "tokens do not keep the versions that sampled them")
+    expect(found.finish_reason == expected.finish_reason, "a completion that was gone on with ended otherwise")
 
 
 def check_sleep(engine: RolloutEngine, weights: WeightSource, *, vocab_size: int, version: int = 1) -> None:

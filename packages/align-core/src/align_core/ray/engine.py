@@ -17,9 +17,9 @@ from ray.exceptions import RayActorError
 
 from align_core.columns import from_columns
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsSleep, WeightSink
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, SupportsSleep, WeightSink
 from align_core.errors import DataError, WorkerError
-from align_core.ray.engine_host import EngineHost, Refusal
+from align_core.ray.engine_host import EngineHost, Packed, Refusal
 from align_core.ray.engine_sink import DirectReplicaSink, LinkedReplicaSink, ReplicaSink
 from align_core.ray.workers import WorkerGroup
 from align_core.types import Completion, Prompt
@@ -66,7 +66,7 @@ class _Replica:
             raise
         if isinstance(answer, Refusal):
             raise answer.error
-        return answer
+        return from_columns(answer.columns) if isinstance(answer, Packed) else answer
 
 
 class _DiedError(WorkerError):
@@ -123,6 +123,10 @@ class RayEngine:
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self.submit_begun(prompts, sampling, [])
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """See `align_core.contracts.SupportsPartial`."""
         _refuse_twins(prompts)
         for prompt in prompts:
             if prompt.id in self._asked:
@@ -134,12 +138,19 @@ class RayEngine:
             chosen.setdefault(number, []).append(prompt)
             loads[number] += _cost(prompt, sampling)
         for number, share in chosen.items():
-            replica = self._replicas[number]
-            self._alive(replica, "submit", share, sampling)
+            replica, ids = self._replicas[number], {prompt.id for prompt in share}
+            own = [completion for completion in begun if completion.prompt_id in ids]
+            self._alive(replica, "submit_begun", share, sampling, own)
             for prompt in share:
-                left = set(range(sampling.n))
-                self._asked[prompt.id] = _Asked(prompt=prompt, sampling=sampling, replica=replica, left=left)
+                whole = {c.sample for c in own if c.prompt_id == prompt.id and c.finish_reason != "abort"}
+                if left := set(range(sampling.n)) - whole:
+                    self._asked[prompt.id] = _Asked(prompt=prompt, sampling=sampling, replica=replica, left=left)
             replica.load = loads[number]
+
+    def partial(self) -> list[Completion]:
+        """See `align_core.contracts.SupportsPartial`."""
+        found = [completion for replica in self._replicas for completion in self._alive(replica, "partial")]
+        return [c for c in found if c.prompt_id in self._asked and c.sample in self._asked[c.prompt_id].left]
 
     def poll(self, timeout_s: float | None = None) -> list[Completion]:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
@@ -226,14 +237,15 @@ class RayEngine:
     def _generate_on(self, replica: _Replica, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         while True:
             try:
-                return from_columns(replica.ask("generate", list(prompts), sampling))
+                found: list[Completion] = replica.ask("generate", list(prompts), sampling)
+                return found
             except _DiedError as death:
                 self._restart(replica, death, again=len(prompts) * sampling.n)
 
     def _poll(self, replica: _Replica, timeout_s: float) -> list[Completion]:
         """What the replica has delivered, each completion once."""
         new = []
-        for completion in from_columns(self._alive(replica, "poll", timeout_s)):
+        for completion in self._alive(replica, "poll", timeout_s):
             asked = self._asked.get(completion.prompt_id)
             if asked is None or completion.sample not in asked.left:
                 continue  # delivered before the replica died, and sampled once more with its neighbours
@@ -291,4 +303,5 @@ def _refuse_twins(prompts: Sequence[Prompt]) -> None:
 
 _conforms: type[RolloutEngine] = RayEngine
 _streams: type[SupportsAsyncGenerate] = RayEngine
+_is_saved: type[SupportsPartial] = RayEngine
 _sleeps: type[SupportsSleep] = RayEngine

@@ -5,13 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from align_core.columns import to_columns
-from align_core.config import EngineConfig
-from align_core.contracts import DirectSink, LinkedSink, RolloutEngine, SupportsAsyncGenerate, SupportsSleep
+from align_core.columns import Columns, to_columns
+from align_core.config import EngineConfig, SamplingConfig
+from align_core.contracts import (
+    DirectSink,
+    LinkedSink,
+    RolloutEngine,
+    SupportsAsyncGenerate,
+    SupportsPartial,
+    SupportsSleep,
+)
 from align_core.errors import AlignError, ConfigError, SyncError
 from align_core.stages.local import make_engine
 from align_core.transfer.rectangles import Part, Pulled, Rows
 from align_core.transfer.seats import Seat
+from align_core.types import Completion, Prompt
+
+_GIVE_COMPLETIONS = ("generate", "poll", "partial")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +29,13 @@ class Refusal:
     """An error of ours as an answer: a prompt that is too long must not end the process, as a failure would."""
 
     error: AlignError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Packed:
+    """Completions as an answer."""
+
+    columns: Columns
 
 
 class EngineHost:
@@ -32,12 +49,12 @@ class EngineHost:
         self._seat: Seat | None = None
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """`method` of the engine, of its sink or of this object, or the Refusal it ended in; completions as columns."""
+        """`method` of the engine, of its sink or of this object, or the Refusal it ended in; completions are Packed."""
         try:
             answer = getattr(self._owner(method), method)(*arguments)
         except AlignError as error:
             return Refusal(error=error)
-        return to_columns(answer) if method in ("generate", "poll") else answer
+        return Packed(columns=to_columns(answer)) if method in _GIVE_COMPLETIONS else answer
 
     def pulls(self) -> bool:
         """Whether the engine fetches weights itself."""
@@ -61,6 +78,17 @@ class EngineHost:
             raise SyncError("the engine was given no seat in a weight transfer")
         cast("LinkedSink", self._sink).expect(self._seat)
 
+    def partial(self) -> list[Completion]:
+        """As the engine's; nothing of an engine that cannot be saved in the middle of its work."""
+        return self._engine.partial() if isinstance(self._engine, SupportsPartial) else []
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """As the engine's; one that cannot begin in the middle begins anew, and who asked keeps no sample twice."""
+        if isinstance(self._engine, SupportsPartial):
+            self._engine.submit_begun(prompts, sampling, begun)
+        else:
+            cast("SupportsAsyncGenerate", self._engine).submit(prompts, sampling)
+
     def sleep(self, keep_weights: bool) -> None:
         """As the engine's."""
         if not isinstance(self._engine, SupportsSleep):
@@ -72,11 +100,11 @@ class EngineHost:
         self._engine.close()
 
     def _owner(self, method: str) -> object:
-        if method in ("pulls", "pull", "links", "expect", "sleep"):
-            return self
         if method in ("begin", "load", "commit", "layouts", "devices", "receive"):
             return self._sink
-        background = ("submit", "poll", "abort", "pause", "resume")
+        background = ("submit", "submit_begun", "partial", "poll", "abort", "pause", "resume")
         if method in background and not isinstance(self._engine, SupportsAsyncGenerate):
             raise ConfigError(f"the engine {type(self._engine).__name__} does not sample in the background")
+        if method in ("pulls", "pull", "links", "expect", "sleep", "submit_begun", "partial"):
+            return self
         return self._engine

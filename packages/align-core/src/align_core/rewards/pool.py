@@ -140,14 +140,22 @@ class RewardPool:
         self._timeouts = 0
 
     def score(
-        self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[object]]
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        columns: Mapping[str, Sequence[object]],
+        *,
+        same_step: bool = False,
     ) -> list[Score]:
-        """One score or reason a completion.
+        """One score or reason a completion. May be called from several threads.
 
+        Args:
+            same_step: completions that hit the time limit are counted with those of the calls before.
         Raises:
             WorkerError: too many completions hit the time limit, so the function itself must be at fault.
         """
-        self._timeouts = 0
+        if not same_step:
+            self._timeouts = 0
 
         def chunk(first: int) -> list[Score]:
             rows = range(first, min(first + self._scoring.chunk, len(completions)))

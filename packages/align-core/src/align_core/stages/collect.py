@@ -27,7 +27,7 @@ class Collector:
         self._config, self._rewards = config, rewards
         self._engine = world.engine(config.model, config.engine)
         self._turns = Turns(world, self._engine, sleep=config.engine.sleep)
-        self._schedule = open_schedule(config, self._engine, prompts)
+        self._schedule = open_schedule(config, self._engine, prompts, rewards.score_ahead)
         self._held_out = prompts.for_evaluation()
 
     def collect(self, step: int, policy: Model, clock: Clock) -> tuple[Scored, dict[str, float]]:

@@ -4,7 +4,9 @@ A reward model runs beside the policy; functions run in processes of their own (
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,12 +55,27 @@ class Rewards:
         names = list(dict.fromkeys(part.name for part in [*self._training, *self._evaluation]))
         for name in names:
             check_name(name)
-        self._pools: list[RewardPool] = []
+        self._pools: dict[str, RewardPool] = {}
+        self._early = ThreadPoolExecutor(max(1, config.scoring.workers), thread_name_prefix="align-score")
+        self._ahead: dict[tuple[str, int, int], tuple[Future[list[Score]], int]] = {}
+        """By reward, prompt id and sample: scores on their way, and which of them."""
         try:
             self._sources = {name: self._source(name, world) for name in sorted(names, key=lambda n: n == "model")}
         except BaseException:
             self.close()
             raise
+
+    def score_ahead(self, rollout: Rollout) -> None:
+        """Begins to score completions that `score` will be asked for, by functions that have their own processes.
+
+        A reward model waits: its processes are those of the models that train.
+        """
+        for part in self._training:
+            if part.name in self._pools:
+                texts = _texts(rollout, self._tokenizer)
+                scores = self._early.submit(self._pools[part.name].score, *texts, same_step=True)
+                for row, completion in enumerate(rollout.completions):
+                    self._ahead[part.name, completion.prompt_id, completion.sample] = (scores, row)
 
     def score(self, rollout: Rollout) -> Scored:
         """The rewards of training.
@@ -74,8 +91,9 @@ class Rewards:
 
     def close(self) -> None:
         """Ends the processes; calling it again does nothing."""
+        self._early.shutdown(wait=False, cancel_futures=True)
         while self._pools:
-            self._pools.pop().close()
+            self._pools.popitem()[1].close()
 
     def _source(self, name: str, world: World) -> Source:
         if name == "model":
@@ -87,9 +105,18 @@ class Rewards:
         if self._config.scoring.workers == 0:
             function = resolve(name, self._config.scoring)
             return lambda rollout: scores_of(function, name, *_texts(rollout, self._tokenizer))
-        pool = RewardPool(name, self._config.scoring)
-        self._pools.append(pool)
-        return lambda rollout: pool.score(*_texts(rollout, self._tokenizer))
+        self._pools[name] = RewardPool(name, self._config.scoring)
+        return partial(self._pooled, name)
+
+    def _pooled(self, name: str, rollout: Rollout) -> Sequence[Score]:
+        """The scores of a function with processes of its own, those that were begun ahead among them."""
+        early = [self._ahead.pop((name, c.prompt_id, c.sample), None) for c in rollout.completions]
+        pool = self._pools[name]
+        if not any(early):
+            return pool.score(*_texts(rollout, self._tokenizer))
+        late = np.asarray([row for row, found in enumerate(early) if found is None], dtype=np.int64)
+        scores = iter(pool.score(*_texts(rollout.select(late), self._tokenizer)))
+        return [next(scores) if found is None else found[0].result()[found[1]] for found in early]
 
     def _scored(self, parts: Sequence[Weighted], rollout: Rollout) -> Scored:
         scores = {part.name: list(self._sources[part.name](rollout)) for part in parts}

@@ -18,7 +18,7 @@ from align_core.contracts import RolloutEngine
 from align_core.stages.carried import from_text, to_text
 from align_core.stages.clock import Clock
 from align_core.stages.rollout import Prompts, Rollout, assemble, collect, training_sampling
-from align_core.stages.stream import Stream
+from align_core.stages.stream import Stream, Whole
 
 Send = Callable[[RolloutEngine], None]
 """Gives the engine that it is called with the weights of the step, and evaluates them where that is due."""
@@ -42,21 +42,27 @@ class Schedule(Protocol):
         ...
 
 
-def open_schedule(config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> Schedule:
-    """The schedule that `config.schedule` names."""
-    kinds: Mapping[str, Callable[[PolicyConfig, RolloutEngine, Prompts], Schedule]] = {
+def open_schedule(
+    config: PolicyConfig, engine: RolloutEngine, prompts: Prompts, whole: Whole = lambda rollout: None
+) -> Schedule:
+    """The schedule that `config.schedule` names.
+
+    Args:
+        whole: is told of completions that have ended before a step asks for them, so that their scoring may begin.
+    """
+    kinds: Mapping[str, Callable[[PolicyConfig, RolloutEngine, Prompts, Whole], Schedule]] = {
         "sync": Synchronous,
         "one_step_off": OneStepOff,
         "async": Continuous,
     }
-    return kinds[config.schedule.kind](config, engine, prompts)
+    return kinds[config.schedule.kind](config, engine, prompts, whole)
 
 
 class Synchronous:
     """Weights, then completions."""
 
-    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> None:
-        self._config, self._engine, self._prompts = config, engine, prompts
+    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts, whole: Whole) -> None:
+        self._config, self._engine, self._prompts, self._whole = config, engine, prompts, whole
         self._sampling = training_sampling(config)
 
     def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
@@ -92,8 +98,13 @@ class OneStepOff(Synchronous):
             clock.lap("generate")
         self._ahead = None
         if step + 1 < self._config.steps:
-            self._ahead = _in_background(lambda: self._collect(step + 1, version=step))
+            self._ahead = _in_background(lambda: self._collect_ahead(step))
         return ready
+
+    def _collect_ahead(self, step: int) -> Rollout:
+        rollout = self._collect(step + 1, version=step)
+        self._whole(rollout)
+        return rollout
 
     def state(self) -> Mapping[str, str]:
         """Waits for what is being sampled: the weights that sample it are not kept."""
@@ -105,18 +116,21 @@ class OneStepOff(Synchronous):
             completions = from_text(state[_AHEAD])
             step = completions[0].prompt_id // self._config.batch_size
             self._ahead = Future()
-            self._ahead.set_result(assemble(self._prompts.of_step(step), completions))
+            rollout = assemble(self._prompts.of_step(step), completions)
+            self._whole(rollout)
+            self._ahead.set_result(rollout)
 
 
 class Continuous:
     """Completions from a stream that goes on while the weights change."""
 
-    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> None:
-        self._stream = Stream(config, engine, prompts)
+    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts, whole: Whole) -> None:
+        self._stream = Stream(config, engine, prompts, whole)
         self.state, self.restore = self._stream.state, self._stream.restore
 
     def rollout(self, step: int, send: Send, clock: Clock) -> Rollout:
         """See `Schedule`."""
+        self._stream.look()  # what ended during the update before is scored while the weights are on their way
         send(self._stream)
         rollout = self._stream.take(step)
         clock.lap("generate")

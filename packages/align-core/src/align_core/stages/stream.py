@@ -7,15 +7,17 @@ own prompts, waiting for those that have not ended: they were submitted at step 
 same prompts as it would synchronously, and with S = 0 nothing else differs either.
 
 `engine.in_flight` says what new weights do to completions under way; with `continue` they are partial rollouts, begun
-by one version and ended by another.
+by one version and ended by another. A checkpoint does what new weights would: with `drain` it waits for completions
+under way, with `abort` it keeps their prompts only, with `continue` also the tokens that they have, each with its
+version, and a continued run goes on from there. Groups are handed to whoever scores them as soon as they are whole.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from align_core.config import PolicyConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, WeightSink
+from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, WeightSink
 from align_core.errors import ConfigError, SyncError, WorkerError
 from align_core.stages.carried import from_text, to_text
 from align_core.stages.rollout import Prompts, Question, Rollout, assemble, training_sampling
@@ -24,6 +26,10 @@ from align_core.types import Completion, Prompt
 # Keys in a checkpoint's record.
 _GROUPS = "schedule.groups"
 _ENDED = "schedule.ended"
+_BEGUN = "schedule.begun"
+
+Whole = Callable[[Rollout], None]
+"""Takes completions that are whole and will be asked for later."""
 
 
 @dataclass(kw_only=True)
@@ -37,14 +43,14 @@ class _Group:
 class Stream:
     """Submits, polls and hands out whole groups; also an engine for evaluations, which run between the groups."""
 
-    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts) -> None:
-        """Raises ConfigError when the engine cannot sample in the background."""
+    def __init__(self, config: PolicyConfig, engine: RolloutEngine, prompts: Prompts, whole: Whole) -> None:
+        """`whole` is told of each group that has ended; raises ConfigError for an engine that only samples at once."""
         if not isinstance(engine, SupportsAsyncGenerate):
             raise ConfigError(
                 f"engine {config.engine.name!r} cannot sample in the background; set schedule.kind to 'sync' or "
                 "'one_step_off', or choose another engine"
             )
-        self._config, self._prompts = config, prompts
+        self._config, self._prompts, self._whole = config, prompts, whole
         self._sampling = training_sampling(config)
         self._background: SupportsAsyncGenerate = engine
         self._engine: RolloutEngine = engine
@@ -52,6 +58,8 @@ class Stream:
         """Prompt ids below are under way, ended or taken."""
         self._again: list[int] = []
         """Ids of those that were under way at the checkpoint."""
+        self._begun: list[Completion] = []
+        """What those had."""
         self._groups: dict[int, _Group] = {}
         """By prompt id: under way or ended, and not taken yet."""
         self._aside: dict[int, list[Completion]] = {}
@@ -89,27 +97,50 @@ class Stream:
         """Closes the engine."""
         self._engine.close()
 
-    def state(self) -> Mapping[str, str]:
-        """The completions of the questions that ended; the ids of those that are under way."""
+    def look(self) -> None:
+        """Takes in what has ended, without waiting."""
         self._sort_out(self._background.poll(0.0))
+
+    def state(self) -> Mapping[str, str]:
+        """The completions of the questions that ended; the ids of those that are under way, and what they have."""
+        while self._config.engine.in_flight == "drain" and not all(self._ended(id) for id in self._groups):
+            self._receive()  # the weights that sample them are not kept
+        begun = self._have_begun()
         ended = [group for id, group in self._groups.items() if self._ended(id)]
         under_way = sorted({*self._again, *(id for id in self._groups if not self._ended(id))})
         return {
             _GROUPS: json.dumps({"admitted": self._admitted, "under_way": under_way}),
             _ENDED: to_text([c for group in ended for c in group.completions]),
+            _BEGUN: to_text(begun),
         }
 
     def restore(self, state: Mapping[str, str]) -> None:
-        """What had ended is there; what was under way is submitted again at the next step, to its weights."""
+        """What had ended is there; what was under way is submitted at the next step, to its weights."""
         if _GROUPS not in state:
             return
         record = json.loads(state[_GROUPS])
         self._admitted, self._again = record["admitted"], list(record["under_way"])
+        self._begun = from_text(state[_BEGUN]) if _BEGUN in state else []
         completions = from_text(state[_ENDED])
         ids = list(dict.fromkeys(completion.prompt_id for completion in completions))
         self._groups = {id: _Group(question=question) for id, question in zip(ids, self._questions(ids))}
-        for completion in completions:
-            self._groups[completion.prompt_id].completions.append(completion)
+        self._sort_out(completions)
+
+    def _have_begun(self) -> list[Completion]:
+        """Of the groups under way: completions that have ended, and the tokens of those that would go on."""
+        engine = self._background
+        if self._config.engine.in_flight != "continue" or not isinstance(engine, SupportsPartial):
+            self.look()
+            return []
+        engine.pause()  # so that nothing ends between the two questions
+        try:
+            self.look()
+            partial = engine.partial()
+        finally:
+            engine.resume()
+        waiting = [group for id, group in self._groups.items() if not self._ended(id)]
+        whole = [completion for group in waiting for completion in group.completions]
+        return [*whole, *(c for c in partial if c.prompt_id in self._groups and len(c.tokens))]
 
     def _ended(self, id: int) -> bool:
         return len(self._groups[id].completions) == self._sampling.n
@@ -117,14 +148,23 @@ class Stream:
     def _admit(self, step: int) -> None:
         last_step = min(step + self._config.schedule.max_staleness, self._config.steps - 1)
         last = (last_step + 1) * self._config.batch_size
-        ids = [*self._again, *range(self._admitted, last)]
-        self._admitted, self._again = max(self._admitted, last), []
-        self._submit(self._questions(ids))
+        again, self._again, begun, self._begun = self._again, [], self._begun, []
+        self._submit(self._questions(again), begun)
+        self._submit(self._questions(range(self._admitted, last)))
+        self._admitted = max(self._admitted, last)
 
-    def _submit(self, questions: Sequence[Question]) -> None:
-        if questions:
-            self._groups |= {question.prompt.id: _Group(question=question) for question in questions}
-            self._background.submit([question.prompt for question in questions], self._sampling)
+    def _submit(self, questions: Sequence[Question], begun: Sequence[Completion] = ()) -> None:
+        if not questions:
+            return
+        prompts = [question.prompt for question in questions]
+        self._groups |= {question.prompt.id: _Group(question=question) for question in questions}
+        if begun and isinstance(self._background, SupportsPartial):
+            for completion in begun:
+                if completion.finish_reason != "abort":
+                    self._groups[completion.prompt_id].completions.append(completion)
+            self._background.submit_begun(prompts, self._sampling, begun)
+        else:
+            self._background.submit(prompts, self._sampling)
 
     def _questions(self, ids: Iterable[int]) -> list[Question]:
         """The questions of these prompt ids."""
@@ -147,8 +187,12 @@ class Stream:
                 continue
             group = self._groups[completion.prompt_id]
             group.completions.append(completion)
-            if self._ended(completion.prompt_id) and any(one.finish_reason == "abort" for one in group.completions):
+            if not self._ended(completion.prompt_id):
+                continue
+            if any(one.finish_reason == "abort" for one in group.completions):
                 self._submit([group.question])
+            else:
+                self._whole(assemble([group.question], _in_order(group.completions)))
 
 
 def _in_order(completions: Iterable[Completion]) -> list[Completion]:
