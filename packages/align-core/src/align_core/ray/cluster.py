@@ -6,11 +6,13 @@ A private Ray asks for a token that only its own processes know, has no dashboar
 import atexit
 import functools
 import gc
+import logging
 import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from align_core.placement import Node
 # Ray 2.60 asks the cloud's metadata address who it runs on, whatever its usage switch says; when the HOME of the
 # process that starts it holds this file, it believes that it knows and does not ask.
 _SILENCER = "ray_bootstrap_config.yaml"
+_TOKEN_SETUP = "ray._private.authentication.authentication_token_setup"
 _RESERVE_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 5.0
 
@@ -47,7 +50,8 @@ def start(config: ClusterConfig) -> None:
     token.write_text(private_token(), encoding="ascii")
     _homes.append(home)  # lives as long as the daemons, which read the token
     atexit.register(stop)
-    _init(Path(home.name), token, address="local", include_dashboard=False)
+    with _unsaid(_TOKEN_SETUP):  # it says that there is a token, which users of a private Ray need not know
+        _init(Path(home.name), token, address="local", include_dashboard=False)
 
 
 def stop() -> None:
@@ -126,6 +130,18 @@ def _init(home: Path, token: Path, **arguments: Any) -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _unsaid(logger: str) -> Iterator[None]:
+    """Within it the logger's warnings are not shown."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(before)
 
 
 def _node(resources: dict[str, float]) -> Node:
