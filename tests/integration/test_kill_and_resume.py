@@ -70,29 +70,63 @@ def over_ray(tmp_path: Path, name: str) -> list[str]:
     return [*words[:place], *words[place + 2 :], "--parallel.tensor", "2"]
 
 
-def kill_a_rank(process: subprocess.Popen[str], metrics_file: Path, *, after: int, which: int) -> None:
-    """SIGKILL to one of the ranks when so many steps have been logged."""
+def await_steps(process: subprocess.Popen[str], metrics_file: Path, *, count: int) -> list[int]:
+    """Waits until so many steps have been logged; the process ids of the two ranks."""
     deadline = time.monotonic() + DEADLINE_S
-    while not metrics_file.exists() or metrics_file.read_bytes().count(b"\n") < after:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+    while not metrics_file.exists() or metrics_file.read_bytes().count(b"\n") < count:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
         time.sleep(0.005)
     below = psutil.Process(process.pid).children(recursive=True)
     ranks = sorted(child.pid for child in below if child.name().startswith("ray::Host"))
     assert len(ranks) == 2, [child.name() for child in below]
-    os.kill(ranks[which], signal.SIGKILL)
+    return ranks
 
 
-def test_rank_killed_at_any_step_is_continued_by_the_command_that_is_printed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with model, data, and a run over Ray that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    make_tiny_model(folder / "hf", seed=0)
+    write_additions(folder / "data", seed=0)
+    subprocess.run(over_ray(folder, "whole"), check=True, capture_output=True, timeout=DEADLINE_S)
+    return folder
+
+
+@pytest.mark.parametrize("whom", ["driver", "everyone"])
+def test_sigterm_saves_the_step_that_is_under_way(undisturbed: Path, whom: str) -> None:
+    """Whether the driver alone is told or, as batch systems do, every process of the job."""
+    words = [*over_ray(undisturbed, f"stopped-{whom}"), "--save_every", "100"]
+    with subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        metrics_file = undisturbed / f"stopped-{whom}" / "metrics.jsonl"
+        ranks = await_steps(process, metrics_file, count=3)
+        if whom == "everyone":
+            os.killpg(process.pid, signal.SIGTERM)
+            for rank in ranks:
+                os.kill(rank, signal.SIGTERM)
+        else:
+            os.kill(process.pid, signal.SIGTERM)
+        _, shown = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode != 0
+    done = len(metrics(metrics_file.parent))
+    assert f"stopped after step {done} of {STEPS}, which is saved" in shown
+    assert [path.name for path in (metrics_file.parent / "checkpoints").iterdir()] == [f"step_{done}"]
+    again = subprocess.run(words, check=True, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert f"from step {done}" in again.stderr
+    assert metrics(metrics_file.parent) == metrics(undisturbed / "whole")
+
+
+def test_rank_killed_at_any_step_is_continued_by_the_command_that_is_printed(undisturbed: Path) -> None:
     """With the same layout bit for bit; on one rank in the driver's process, the same up to rounding."""
-    make_tiny_model(tmp_path / "hf", seed=0)
-    write_additions(tmp_path / "data", seed=0)
-    subprocess.run(over_ray(tmp_path, "whole"), check=True, capture_output=True, timeout=DEADLINE_S)
+    tmp_path = undisturbed
     after, which = random.SystemRandom().randint(3, STEPS - 2), random.SystemRandom().randint(0, 1)
     print(f"rank {which} is killed after {after} steps")  # for whoever reads a failure
 
     words = over_ray(tmp_path, "killed")
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        kill_a_rank(process, tmp_path / "killed" / "metrics.jsonl", after=after, which=which)
+        ranks = await_steps(process, tmp_path / "killed" / "metrics.jsonl", count=after)
+        os.kill(ranks[which], signal.SIGKILL)
         _, shown = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2, shown
     assert "trainer" in shown and "Traceback" not in shown

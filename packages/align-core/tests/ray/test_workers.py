@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ class Rank:
 
     def secret(self) -> Any:
         return threading.Lock()
+
+    def reduce(self, store: str, late_s: float) -> None:
+        """A collective over both ranks, to which rank 1 comes late; rank 0 waits for 3 s."""
+        import torch.distributed
+
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(
+                "gloo", init_method=store, rank=self.rank, world_size=2, timeout=timedelta(seconds=3)
+            )
+            torch.distributed.barrier()
+        time.sleep(late_s * self.rank)
+        torch.distributed.all_reduce(torch.ones(1))
 
     def total(self, batch: Batch) -> int:
         return int(batch.tokens.sum())
@@ -163,6 +176,22 @@ def test_a_call_that_was_broken_off_leaves_no_answer_for_the_next(make_world: Ca
     with pytest.raises(WorkerError, match=r"^trainer lm model m cannot be called any more"):
         group.call("hello")
     group.close()
+
+
+def test_a_collective_that_times_out_tells_who_waited_for_whom(
+    make_world: Callable[..., RayWorld], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    group, store = group_of(make_world()), f"file://{tmp_path / 'store'}"
+    group.call("reduce", store, 0.0)
+    with pytest.raises(WorkerError) as caught:
+        group.call("reduce", store, 60.0)
+    text = str(caught.value)
+    assert text.startswith("trainer lm model m rank 0 failed in reduce:\n")
+    assert "Timed out waiting 3000ms" in text
+    assert "rank 0: failed in reduce" in text and "waiting for other ranks in all_reduce" in text
+    assert "rank 1: in reduce" in text
+    assert "\nrank 0 waited for rank 1\n" in text
 
 
 @pytest.mark.parametrize("small", [False, True])

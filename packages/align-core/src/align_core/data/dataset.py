@@ -108,7 +108,15 @@ Encoded = TypeVar("Encoded")
 
 def encoded(records: Dataset[Record], index: int, encode: Callable[[Record], Encoded]) -> Encoded:
     """Record `index` through `encode`; its DataError gets the record's file and line."""
+    return record_and_encoded(records, index, encode)[1]
+
+
+def record_and_encoded(
+    records: Dataset[Record], index: int, encode: Callable[[Record], Encoded]
+) -> tuple[Record, Encoded]:
+    """Record `index`, read once, and what `encoded` gives."""
+    record = records[index]
     try:
-        return encode(records[index])
+        return record, encode(record)
     except DataError as error:
         raise DataError(f"{records.where(index)}: {error}") from error

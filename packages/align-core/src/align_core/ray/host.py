@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import pickle
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Host:
 
     def __init__(self, board: Any, worker: str, gpus: Sequence[int]) -> None:
         faulthandler.enable()  # a crash in native code leaves its Python stack in the log
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the driver hears it too: it ends the step, saves, and ends this
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
         _see_only(gpus)

@@ -50,8 +50,9 @@ def with_logprobs(
 
 def fresh_tokens(scored: Scored, version: int) -> NDArray[np.bool_]:
     """bool [N], the tokens that the weights of `version` sampled."""
-    fresh = scored.rollout.batch.mask.copy()
-    fresh[fresh] = np.concatenate([c.token_versions == version for c in scored.rollout.completions])
+    fresh, completions = scored.rollout.batch.mask.copy(), scored.rollout.completions
+    if any(c.version != version or c.versions is not None for c in completions):
+        fresh[fresh] = np.concatenate([c.token_versions == version for c in completions])
     return fresh
 
 

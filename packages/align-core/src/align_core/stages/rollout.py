@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from align_core.config import PolicyConfig, SamplingConfig
 from align_core.contracts import RolloutEngine
-from align_core.data.dataset import Dataset, check_each, encoded
+from align_core.data.dataset import Dataset, check_each, record_and_encoded
 from align_core.data.records import PromptRecord, read_prompts
 from align_core.errors import DataError, WorkerError
 from align_core.stages.preflight import open_tokenizer
@@ -83,9 +83,10 @@ class Prompts:
         return self._questions(self.held_out, range(len(self.held_out)), first_id=self._first_held_out)
 
     def _questions(self, source: Dataset[PromptRecord], indices: Sequence[int], *, first_id: int) -> list[Question]:
+        found = [record_and_encoded(source, i, self._encode) for i in indices]
         return [
-            Question(prompt=Prompt(id=first_id + k, tokens=encoded(source, i, self._encode)), record=source[i])
-            for k, i in enumerate(indices)
+            Question(prompt=Prompt(id=first_id + k, tokens=tokens), record=record)
+            for k, (record, tokens) in enumerate(found)
         ]
 
 
