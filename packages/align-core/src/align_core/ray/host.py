@@ -38,7 +38,7 @@ class Host:
 
     def __init__(self, board: Any, worker: str, gpus: Sequence[int]) -> None:
         faulthandler.enable()  # a crash in native code leaves its Python stack in the log
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the driver hears it too: it ends the step, saves, and ends this
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the driver's affair: it ends the step and saves first
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter
         _see_only(gpus)
