@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -37,6 +35,7 @@ from align_core.megatron.model import LlamaModel
 from align_core.megatron.optimizer import Optimization
 from align_core.megatron.parallel import RankContext
 from align_core.megatron.quiet import quiet_megatron
+from align_core.megatron.random_state import random_state, restore_random_state
 from align_core.megatron.shards import OwnedRange, Rectangles, sharded_state
 
 _RECORD = "align.json"
@@ -112,7 +111,7 @@ def begin_checkpoint(
     partial = _begin(path, context)
     content: dict[str, Any] = _weights(chunks)
     state_of = sharded_state(_owned(optimization), _flat(content), vocab_size=config.vocab_size)
-    content["rng"] = _random_state(context)
+    content["rng"] = random_state(context)
     content["scheduler"] = optimization.scheduler.state_dict()
     collecting = _Collecting(state_of, copy=group is not None)
     with quiet_megatron():
@@ -167,7 +166,7 @@ def load_checkpoint(
     entries = _flat(content)
     same_layout = {"expert": 1, **record["parallel"]} == _layout(context)
     if same_layout:
-        content["rng"] = _random_state(context)
+        content["rng"] = random_state(context)
     try:
         with quiet_megatron():
             owned = optimization.owned() if record["adam_steps"] else []
@@ -188,7 +187,7 @@ def load_checkpoint(
             raise CheckpointError(f"the checkpoint {str(path)!r} and the model differ in {choices(wrong)}")
     optimization.restore(adam_steps=record["adam_steps"], schedule=loaded["scheduler"])
     if same_layout:
-        _restore_random_state(loaded["rng"])
+        restore_random_state(loaded["rng"])
     return dict(record["state"])
 
 
@@ -255,23 +254,3 @@ def _layout(context: RankContext) -> dict[str, int]:
         "expert": parallel.expert,
         "data": parallel.data,
     }
-
-
-def _random_state(context: RankContext) -> ShardedObject:
-    """This rank's generators, one object a position."""
-    parallel = context.parallel
-    states = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if context.device.type == "cuda" else None,
-        "tracker": get_cuda_rng_tracker().get_states(),
-    }
-    shape = (parallel.pipeline, parallel.tensor, parallel.context, parallel.data)
-    place = (context.pipeline, context.tensor, context.context, context.data)
-    return ShardedObject("rng", states, shape, place)
-
-
-def _restore_random_state(states: Mapping[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
-    get_cuda_rng_tracker().set_states(states["tracker"])
