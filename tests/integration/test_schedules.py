@@ -21,7 +21,7 @@ from align_core.config import (
 from align_core.ray import cluster
 from align_core.ray.world import RayWorld
 from align_core.stages.grpo import run_grpo
-from align_core.stages.run import read_metrics
+from align_core.stages.run import read_lines, read_metrics
 from align_core.tutorial.additions import write_additions
 from align_core.tutorial.tiny import make_tiny_model
 
@@ -53,6 +53,8 @@ def metrics(folder: Path, name: str, schedule: ScheduleConfig) -> list[dict[str,
         schedule=schedule,
         cluster=ClusterConfig(placement="disaggregated"),
         eval_data=folder / "data" / "prompts.jsonl",
+        evaluations=f"accuracy={folder / 'data' / 'test.jsonl'}",
+        eval_limit=8,
         eval_every=3,
     )
     world = RayWorld(config.cluster)
@@ -79,6 +81,8 @@ def test_async_without_staleness_is_sync_bit_for_bit(tmp_path: Path) -> None:
     finally:
         cluster.stop()
     assert zero == sync
+    assert [line["step"] for line in sync if "eval_accuracy" in line] == [0, 3]
+    assert len(read_lines(tmp_path / "one" / "evaluations" / "accuracy" / "accuracy_step_3.jsonl")) == 8
     assert one[0] == sync[0] and one[2:] != sync[2:], "with staleness 1 older weights sample, or the test shows nothing"
     stale = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [line["staleness_max"] for line in stale] == [0, 1, 1, 1]

@@ -11,7 +11,7 @@ from align_core.config import DpoConfig, GrpoConfig, OnlineDpoConfig, RewardConf
 from align_core.errors import ConfigError
 from align_core.recipes import smollm2, tiny
 from align_core.settings import known_keys, parse
-from align_core.stages.run import plain
+from align_core.stages.continuing import plain
 
 PLACES = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
 STAGES = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig, "grpo": GrpoConfig, "online-dpo": OnlineDpoConfig}

@@ -119,6 +119,45 @@ def test_other_settings_are_refused_by_name_in_a_run_that_saved_or_ended(
         Run(changed)
 
 
+def forget(config: StageConfig, *names: str) -> None:
+    """Leaves settings out of the run's record, as an older version would have."""
+    path = config.out / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for name in names:
+        *above, last = name.split(".")
+        place = settings
+        for key in above:
+            place = place[key]
+        del place[last]
+    path.write_text(yaml.safe_dump(settings))
+
+
+def test_settings_newer_than_the_run_are_at_their_defaults(
+    make_config: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config("grpo")
+    walk(config, until=3)
+    forget(config, "evaluations", "sampling.top_p", "correction")
+    with caplog.at_level(logging.INFO):
+        assert walk(config).loaded == "step_2"
+    assert f"newer than the run in {config.out}: correction, evaluations, sampling.top_p" in caplog.text
+    assert "correction" in yaml.safe_load((config.out / "config.yaml").read_text())
+
+
+def test_a_newer_setting_away_from_its_default_and_one_that_is_gone_are_refused(
+    make_config: Callable[..., Any],
+) -> None:
+    config = make_config("grpo", sampling=SamplingConfig(n=3, max_tokens=5, top_p=0.5))
+    walk(config, until=3)
+    forget(config, "sampling.top_p")
+    path = config.out / "config.yaml"
+    path.write_text(path.read_text() + "penalty: 2\n")
+    with pytest.raises(
+        ConfigError, match=r"\(penalty was 2, is no setting any more; sampling.top_p was no setting yet, is 0.5\)"
+    ):
+        Run(config)
+
+
 def test_run_that_saved_nothing_may_start_again_with_other_settings(make_config: Callable[..., Any]) -> None:
     walk(make_config("sft"), until=0)
     changed = make_config("sft", seed=4)

@@ -79,6 +79,11 @@ class PolicyConfig(StageConfig):
     """Held-out prompts; the mean reward of greedy answers to them is logged as `eval_reward`."""
     eval_reward: str = ""
     """Rewards of the evaluation, written like `reward`; empty takes those of training."""
+    evaluations: str = ""
+    """Further evaluations at the same steps, `NAME=PATH,...` with names of the entry-point group `align.evaluations`:
+    `accuracy=FILE` (greedy, graded; with align-eval), `mt-bench-answers=DIR`, or a third party's."""
+    eval_limit: int | None = None
+    """Only the first so many tasks of each of `evaluations`."""
     eval_every: int = 10
     """Steps between evaluations; also before the first step and after the last."""
     canary_threshold: float = 0.1

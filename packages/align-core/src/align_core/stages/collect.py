@@ -28,7 +28,7 @@ class Collector:
         self._engine = world.engine(config.model, config.engine)
         self._turns = Turns(world, self._engine, sleep=config.engine.sleep)
         self._schedule = open_schedule(config, self._engine, prompts, rewards.score_ahead)
-        self._held_out = prompts.for_evaluation()
+        self._held_out, self._evaluations = prompts.for_evaluation(), prompts.evaluations
 
     def collect(self, step: int, policy: Model, clock: Clock) -> tuple[Scored, dict[str, float]]:
         """The scored completions of `step`; the evaluation of the weights before it, where one is due; their age."""
@@ -48,8 +48,8 @@ class Collector:
         return scored, figures | (staleness(rollout, step) if self._config.schedule.kind != "sync" else {})
 
     def evaluate_finished(self, policy: Model) -> dict[str, float]:
-        """The evaluation of the finished policy, sent to the engine for it; nothing without held-out prompts."""
-        if not self._held_out:
+        """The evaluation of the finished policy, sent to the engine for it; nothing where none is asked for."""
+        if not self._held_out and not self._evaluations:
             return {}
         self._send(self._engine, policy, version=self._config.steps)
         return self._evaluate(self._engine, self._config.steps)
@@ -75,15 +75,17 @@ class Collector:
         self._turns.for_engine()
 
     def _evaluate(self, engine: RolloutEngine, version: int) -> dict[str, float]:
-        """The mean reward of greedy answers to the held-out prompts, by the weights that the engine holds."""
+        """The mean reward of greedy answers to the held-out prompts, and the evaluations asked for by name; all of the
+        weights that the engine holds."""
+        further = self._evaluations(engine, step=version)
         if not self._held_out:
-            return {}
+            return further
         rollout = collect(engine, self._held_out, sampling=greedy_sampling(self._config), version=version)
         scored = self._rewards.evaluate(rollout)
         figures = {"eval_reward": float(scored.rewards.mean()), **part_means(scored, "eval_reward")}
         if scored.failed:
             figures["eval_failed_scores"] = scored.failed / len(self._held_out)
-        return figures
+        return figures | further
 
 
 def staleness(rollout: Rollout, step: int) -> dict[str, float]:

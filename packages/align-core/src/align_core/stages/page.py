@@ -22,6 +22,7 @@ _SHOWN = {
     "reward": "reward of the samples",
     "eval_reward": "reward, held-out, greedy",
     "eval_accuracy": "accuracy, held-out",
+    "eval_accuracy_strict": "accuracy, held-out, strict",
     "eval_loss": "loss, held-out",
     "loss": "loss",
     "accuracy": "pairs ranked rightly",

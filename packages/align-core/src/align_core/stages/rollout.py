@@ -16,6 +16,7 @@ from align_core.contracts import RolloutEngine
 from align_core.data.dataset import Dataset, check_each, record_and_encoded
 from align_core.data.records import PromptRecord, read_prompts
 from align_core.errors import DataError, WorkerError
+from align_core.stages.evaluations import Evaluations
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.run import Fingerprinted
 from align_core.stages.sync import check_versions
@@ -54,9 +55,11 @@ class Prompts:
     """The stage's prompts and held-out prompts, opened and checked before anything starts."""
 
     def __init__(self, config: PolicyConfig) -> None:
-        """Raises DataError for a bad file, or when `sampling.max_tokens` leaves no room for a prompt."""
+        """Raises DataError for a bad file or no room for a prompt beside `sampling.max_tokens`, ConfigError for an
+        evaluation that there is not."""
         self.tokenizer = open_tokenizer(config)
         self._encode = partial(_encode, tokenizer=self.tokenizer, template=config.template, max_tokens=_room(config))
+        self.evaluations = Evaluations(config, self.tokenizer)
         self._size = config.batch_size
         self._first_held_out = config.steps * config.batch_size
         self.records = read_prompts(config.data)

@@ -15,7 +15,6 @@ OUT/report.html             curves, times, samples (with align-core[tutorial]); 
 OUT/result.json             written last: the stage is finished
 """
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -38,23 +37,13 @@ from align_core.errors import (
     Stopped,
     missing_dependency,
 )
+from align_core.stages.continuing import changes, newer_settings, plain
 from align_core.stages.live import Screen, shown
 from align_core.stages.stopping import stop_request
 from align_core.stages.world import Model
 from align_core.trackers import RunInfo, TakesTexts, Tracker, check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
-
-# Settings (with all below them) that may change between a run and its continuation: they change speed, place, precision
-# and tolerance, not what is computed.
-_FREE = {
-    *("out", "save_every", "keep_last", "export", "trackers"),
-    *("parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
-    *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
-    *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
-    *("engine.memory_fraction", "engine.kv_cache_mib", "engine.enforce_eager", "engine.max_sequences"),
-    *("engine.replicas", "engine.sleep", "engine.verify"),
-}
 
 
 class Stateful(Protocol):
@@ -214,8 +203,11 @@ class Run:
         path = self.out / "config.yaml"
         now = plain(self.config)
         if path.exists():
-            changed = sorted(_changes(yaml.safe_load(path.read_text(encoding="utf-8")), now))
-            if changed and (self.finished or _checkpoints(self.out)):
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            changed, begun = changes(before, self.config), self.finished or bool(_checkpoints(self.out))
+            if begun and (newer := newer_settings(before, self.config)):
+                logger.info("settings that are newer than the run in %s: %s", self.out, ", ".join(newer))
+            if changed and begun:
                 raise ConfigError(
                     f"{self.out} holds a run with other settings ({'; '.join(changed)}); "
                     "repeat those settings to continue it, or choose another --out"
@@ -306,26 +298,6 @@ def _data_change(before: list[dict[str, object]], now: list[Mapping[str, object]
         return f"{len(before)} files then, {len(now)} now"
     was, found = next((old, new) for old, new in zip(before, now) if old != dict(new))
     return ", ".join(f"{key} was {was[key]}, is {found[key]}" for key in was if was[key] != found[key])
-
-
-def plain(config: object) -> Any:
-    """A config as dicts, lists and plain values, for YAML."""
-    if dataclasses.is_dataclass(config):
-        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, tuple):
-        return [plain(item) for item in config]
-    return str(config) if isinstance(config, Path) else config
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in before.keys() | now.keys():
-        old, new = before.get(key), now.get(key)
-        if f"{prefix}{key}" in _FREE:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key} was {old!r}, is {new!r}"
 
 
 def _checkpoints(out: Path) -> list[int]:
