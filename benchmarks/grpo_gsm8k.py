@@ -64,6 +64,7 @@ def main() -> None:
         facts = {"command": " ".join(sys.argv), "device": _device(), "versions": _versions(), "runs": found}
         (options.out / "grpo-gsm8k.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (options.out / "grpo-gsm8k.md").write_text(table(facts), encoding="utf-8")
+    draw(facts["runs"], options.out / "grpo-gsm8k.png")
     sys.stdout.write(table(facts))
 
 
@@ -150,6 +151,30 @@ def table(facts: dict[str, Any]) -> str:
         rewards = f"{run['steps'][0]['reward']:.3f}, {run['steps'][-1]['reward']:.3f}"
         lines.append(f"| {run['seed']} | {' | '.join(cells)} | {rewards} |")
     return "\n".join([*lines, ""])
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy on the test questions, reward of the samples, and their length, over steps; a line a seed."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415  (optional)
+
+    figure, (accuracy, reward, length) = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for number, run in enumerate(runs):
+        colour, label = f"C{number}", f"seed {run['seed']}"
+        at, flexible, strict = zip(*run["curve"])
+        accuracy.plot(at, [100 * value for value in flexible], f"{colour}o-", label=f"{label}, flexible")
+        accuracy.plot(at, [100 * value for value in strict], f"{colour}x:", label=f"{label}, strict")
+        steps = [line["step"] for line in run["steps"]]
+        reward.plot(steps, [line["reward"] for line in run["steps"]], colour, label=label)
+        length.plot(steps, [line["length"] for line in run["steps"]], colour, label=label)
+    for axes, title in (
+        (accuracy, "test questions right, %"),
+        (reward, "reward of samples"),
+        (length, "reply, tokens"),
+    ):
+        axes.set(title=title, xlabel="updates")
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _step_seconds(line: dict[str, float]) -> float:
