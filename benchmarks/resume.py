@@ -131,10 +131,14 @@ def draw(rng: random.Random, phase: str) -> dict[str, Any]:
 
 
 def judge(found: Sequence[dict[str, Any]], logged: Sequence[object], whole: Sequence[object]) -> None:
-    """Of the last point: whether what was logged since it, and all before, is as if nothing had happened."""
-    if found:
-        more = len(logged) > int(max(["step_0", *found[-1]["checkpoints"]], key=_number).removeprefix("step_"))
-        found[-1]["equal"] = more and list(logged) == list(whole[: len(logged)])
+    """Of points without a verdict: whether what was logged since, and all before, is as if nothing had happened.
+
+    A continuation that was killed before it logged anything leaves the verdict to the next one.
+    """
+    for point in found:
+        first = max([0, *map(_number, point["checkpoints"])])  # what the continuation logged begins here
+        if "equal" not in point and len(logged) > first:
+            point["equal"] = list(logged) == list(whole[: len(logged)])
 
 
 def _number(checkpoint: str) -> int:
