@@ -278,7 +278,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.against:
         facts = json.loads((arguments.out / "orchestration.json").read_text())
-        facts["turns"] = in_turns(arguments.against, turns=arguments.turns, steps=arguments.steps)
+        more = in_turns(arguments.against, turns=arguments.turns, steps=arguments.steps)
+        facts["turns"] = joined(facts.get("turns"), more)
     else:
         facts = everything(arguments.steps)
         before = arguments.out / "orchestration.json"
@@ -327,6 +328,13 @@ def in_turns(other: Path, *, turns: int, steps: int) -> dict[str, Any]:
             largest = [r["ms_median"] for r in results if r["workers"] == WORKERS][-1]
             found[name].append(largest)
     return {"then_commit": _commit(other), "now_commit": _commit(here), **found}
+
+
+def joined(before: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
+    """The turns of several calls, as long as the commits are the same."""
+    if not before or any(before[name] != more[name] for name in ("then_commit", "now_commit")):
+        return more
+    return {**more, **{name: [*before[name], *more[name]] for name in ("then", "now")}}
 
 
 def _commit(checkout: Path) -> str:
