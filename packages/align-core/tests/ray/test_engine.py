@@ -4,7 +4,9 @@ import dataclasses
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ pytest.importorskip("align_rollout")
 
 from align_core.config import ClusterConfig, EngineConfig, SamplingConfig
 from align_core.conformance import check_async, check_generation, check_partial, check_sleep, check_weight_sink
-from align_core.errors import DataError
+from align_core.errors import DataError, WorkerError
 from align_core.ray import cluster
 from align_core.ray.engine import RayEngine
 from align_core.ray.world import RayWorld
@@ -67,6 +69,22 @@ def test_two_replicas_go_on_from_what_others_had_begun(world: RayWorld, tmp_path
     engine = world.engine(tmp_path, dataclasses.replace(_CONFIG, context=4096))
     assert isinstance(engine, RayEngine)
     check_partial(engine, vocab_size=_VOCAB, context=4096)
+
+
+def test_an_engine_that_is_closed_while_a_thread_waits_for_it_is_not_started_again(
+    world: RayWorld, tmp_path: Path
+) -> None:
+    """As when training fails while the next step is being sampled."""
+    fake.save_bigram(tmp_path, weights(0)._weights, eos_id=_VOCAB + 1)
+    engine = world.engine(tmp_path, EngineConfig(name="fake", context=100_000))
+    assert isinstance(engine, RayEngine)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.generate, prompts(9), SamplingConfig(n=9, max_tokens=90_000))
+        time.sleep(0.5)
+        engine.close()
+        with pytest.raises(WorkerError, match="died in ask"):
+            waiting.result(20)
+    assert engine.events == []
 
 
 def prompts(count: int) -> list[Prompt]:
