@@ -148,3 +148,17 @@ def test_engine_by_hand() -> None:
     assert memory.taken(engine, gpu_bytes=1000) == 400
     fixed = dataclasses.replace(engine, kv_cache_mib=1024)
     assert memory.taken(fixed, gpu_bytes=1000) == memory.weights + 2**30
+
+
+def test_experts_are_spread_and_the_rest_is_not() -> None:
+    """Mixtral 8x7B: 46.7 G parameters, of which 45.1 G are experts; over four ranks each holds 1.6 G and a quarter."""
+    shape = dataclasses.replace(LLAMA_2_7B, kv_heads=8, ffn=14336, max_positions=32768, experts=8, experts_per_token=2)
+    experts = 32 * 8 * 3 * 4096 * 14336
+    rest = shape.parameters() - experts
+    assert shape.parameters() == 46_702_792_704
+    training = TrainingConfig(dtype="bfloat16")
+    spread = model_memory(shape, parallel=ParallelConfig(data=4, expert=4), training=training)
+    assert spread.weights == 2 * (rest + experts // 4)
+    assert spread.gradients == 2 * spread.weights
+    copied = model_memory(shape, parallel=ParallelConfig(data=4), training=training)
+    assert spread.optimizer == copied.optimizer == 12 * shape.parameters() // 4

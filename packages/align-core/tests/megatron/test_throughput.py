@@ -34,3 +34,9 @@ def test_a_device_is_known_by_its_name() -> None:
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("a toaster") is None
+
+
+def test_of_experts_those_count_that_a_token_meets() -> None:
+    """A layer: attention 48, a router of 3 x 4, two of the three experts with three matrices of 6 x 4; the head."""
+    raw = {**TINY, "model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+    assert matrix_parameters(ModelConfig.from_hf(raw)) == 2 * (48 + 12 + 2 * 72) + 40
