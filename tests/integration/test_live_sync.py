@@ -1,5 +1,7 @@
 """Over Ray: a tensor-parallel Megatron trainer feeds a live vLLM engine; both equal Hugging Face after every update."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +13,10 @@ pytest.importorskip("vllm")
 pytest.importorskip("megatron.core")
 
 import torch
+from safetensors.numpy import save_file
 from transformers import LlamaForCausalLM
 
-from align_convert import load_any
+from align_convert import ModelConfig, load_any
 from align_convert.copy import to_hf
 from align_core.config import (
     ClusterConfig,
@@ -106,3 +109,42 @@ def greedy_tokens(model: LlamaForCausalLM, prompt: np.ndarray, length: int) -> l
         for _ in range(length):
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     return ids[0, len(prompt) :].tolist()
+
+
+def test_experts_follow_the_trainer(world: RayWorld, model: Path, tmp_path: Path) -> None:
+    """Spread over two ranks, into the engine on transformers: vLLM takes no new experts on CPU."""
+    directory = tmp_path / "mixtral"
+    shutil.copytree(model, directory)
+    config = json.loads((directory / "config.json").read_text()) | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    weights = {
+        name: np.ones(shape, np.float32) if len(shape) == 1 else 0.1 * rng.standard_normal(shape, np.float32)
+        for name, shape in ModelConfig.from_hf(config).tensors().items()
+    }
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    parallel = ParallelConfig(data=2, expert=2)
+    trainer = world.trainer(
+        TrainerConfig(model=directory, steps=2, parallel=parallel, optimizer=OptimizerConfig(lr=0.05))
+    )
+    engine = world.engine(directory, EngineConfig(name="transformers", device="cpu", context=64))
+    seen = set()
+    for version in range(2):
+        synchronise(trainer.weights(), engine.weight_sink(), version=version)
+        sampled = engine.generate(prompts(first_id=0), SAMPLED)
+        batch = rollout_batch(prompts(first_id=0), sampled)
+        old = trainer.logprobs(batch)
+        canary = compare_logprobs(engine_logprobs(sampled), old[batch.mask], threshold=1e-4, version=version)
+        assert canary.max < 1e-4
+        seen.add(tuple(engine.generate(prompts(first_id=0), GREEDY)[0].tokens.tolist()))
+        rewards = np.asarray([len(set(c.tokens.tolist())) for c in sampled], dtype=np.float32)
+        trainer.step(
+            batch.with_columns(tokens={"old_logprobs": old}, sequences={"reward": rewards}), GrpoLoss(kl_coef=0.0)
+        )
+    assert len(seen) == 2, "the update must change what the engine says, or the test compares nothing"
