@@ -164,8 +164,11 @@ def test_vllm_killed_while_it_generates_loses_and_repeats_nothing(world: RayWorl
     assert isinstance(engine, RayEngine)
     asked = [Prompt(id=i, tokens=np.array([5, 6 + i], np.int32)) for i in range(24)]
     sampling = SamplingConfig(n=2, max_tokens=200, seed=3)
-    engine.submit(asked, sampling)
-    found = engine.poll(60)
+    for _ in range(3):  # where this process was held up, all may have ended before it looked
+        engine.submit(asked, sampling)
+        found = engine.poll(60)
+        if len(found) < 48:
+            break
     assert 0 < len(found) < 48
     kill(engine, 0)
     found += drain(engine, 48 - len(found))
