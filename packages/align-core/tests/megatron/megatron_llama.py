@@ -94,3 +94,24 @@ def hugging_face_weights(directory: Path) -> dict[str, NDArray[np.float32]]:
     from safetensors.numpy import load_file
 
     return load_file(directory / "model.safetensors")
+
+
+def reference_training(directory: Path, *, steps: int) -> tuple[NDArray[np.float32], list[float], NDArray[np.float32]]:
+    """Log-probs before, losses, and log-probs after `steps` of any family by Hugging Face and torch's AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    with torch.no_grad():
+        first = reference_logprobs(model, ragged_batch()).numpy()
+    losses = []
+    for step in range(steps):
+        batch = ragged_batch(seed=step)
+        optimizer.zero_grad()
+        loss = -reference_logprobs(model, batch)[torch.from_numpy(batch.mask)].mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return first, losses, reference_logprobs(model, ragged_batch()).numpy()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron_llama import ragged_batch, reference_logprobs
+from megatron_llama import ragged_batch, reference_training
 from megatron_world import run_ranks
 from numpy.typing import NDArray
 
@@ -44,7 +44,7 @@ def test_one_device_trains_as_hugging_face(llama: Callable[..., Path], family: s
     """float32: TF32 is off, so log-probs and losses are Hugging Face's to rounding."""
     directory = llama(**SETTINGS[family])
     first, steps = run_ranks(_train, ParallelConfig(), directory, "float32", False, device="cuda")[0]
-    expected_first, expected_losses = _reference(directory)
+    expected_first, expected_losses, _ = reference_training(directory, steps=STEPS)
     np.testing.assert_allclose(first, expected_first, atol=1e-4, rtol=0)
     np.testing.assert_allclose([step["loss"] for step in steps], expected_losses, atol=1e-4, rtol=0)
 
@@ -54,7 +54,7 @@ def test_bfloat16_is_near_and_learns(llama: Callable[..., Path], router_float32:
     """A token whose second and third expert are nearly even may choose the other one, so only the mean is close."""
     directory = llama(**SETTINGS["mixtral"])
     first, steps = run_ranks(_train, ParallelConfig(), directory, "bfloat16", router_float32, device="cuda")[0]
-    expected_first, expected_losses = _reference(directory)
+    expected_first, expected_losses, _ = reference_training(directory, steps=STEPS)
     assert np.abs(first - expected_first).mean() < 0.05
     np.testing.assert_allclose([step["loss"] for step in steps], expected_losses, atol=0.1, rtol=0)
     assert all(np.isfinite(step["grad_norm"]) and not step["skipped"] for step in steps)
@@ -82,22 +82,3 @@ def _train(context: RankContext, directory: Path, dtype: Dtype, router_float32: 
     trainer = MegatronTrainer(config, context)
     first = trainer.logprobs(ragged_batch())
     return first, [dict(trainer.step(ragged_batch(seed=step), SftLoss())) for step in range(STEPS)]
-
-
-def _reference(directory: Path) -> tuple[NDArray[np.float32], list[float]]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
-    with torch.no_grad():
-        first = reference_logprobs(model, ragged_batch()).numpy()
-    losses = []
-    for step in range(STEPS):
-        batch = ragged_batch(seed=step)
-        optimizer.zero_grad()
-        loss = -reference_logprobs(model, batch)[torch.from_numpy(batch.mask)].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    return first, losses

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from megatron_llama import ragged_batch, reference_logprobs
+from megatron_llama import ragged_batch, reference_training
 from megatron_world import run_ranks
 from numpy.typing import NDArray
 
@@ -28,7 +27,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 def test_a_family_trains_as_hugging_face(llama: Callable[..., Path], family: str, parallel: ParallelConfig) -> None:
     directory = llama(**FAMILIES[family])
     first, losses, last = run_ranks(_train, parallel, directory)[0]
-    expected_first, expected_losses, expected_last = _reference(directory)
+    expected_first, expected_losses, expected_last = reference_training(directory, steps=STEPS)
     np.testing.assert_allclose(first, expected_first, atol=1e-5, rtol=0)
     np.testing.assert_allclose(losses, expected_losses, atol=1e-5, rtol=0)
     np.testing.assert_allclose(last, expected_last, atol=2e-5, rtol=0)
@@ -69,23 +68,3 @@ def _train(context: RankContext, directory: Path) -> Found:
     first = trainer.logprobs(ragged_batch())
     losses = [trainer.step(ragged_batch(seed=step), SftLoss())["loss"] for step in range(STEPS)]
     return first, losses, trainer.logprobs(ragged_batch())
-
-
-def _reference(directory: Path) -> Found:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
-    with torch.no_grad():
-        first = reference_logprobs(model, ragged_batch()).numpy()
-    losses = []
-    for step in range(STEPS):
-        batch = ragged_batch(seed=step)
-        optimizer.zero_grad()
-        loss = -reference_logprobs(model, batch)[torch.from_numpy(batch.mask)].mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    with torch.no_grad():
-        return first, losses, reference_logprobs(model, ragged_batch()).numpy()
