@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--prompts", type=int, default=64, help="prompts a step")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, help="room for a prompt with its examples")
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--test-limit", type=int, help="test questions (default: all)")
     parser.add_argument("--eval-every", type=int, default=10)
@@ -70,7 +71,7 @@ def main() -> None:
 
 def _words(options: argparse.Namespace, seed: int, train: Path, test: Path, out: Path) -> list[str]:
     task = Path(gsm8k_task.__file__)
-    context = options.max_tokens + 512
+    context = options.max_tokens + options.prompt_tokens
     return [
         *("grpo", "--model", str(options.model), "--data", str(train), "--out", str(out), "--seed", str(seed)),
         *("--steps", str(options.steps), "--batch_size", str(options.prompts), "--max_length", str(context)),

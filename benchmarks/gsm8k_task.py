@@ -1,4 +1,4 @@
-"""GSM8K as this folder's GRPO benchmarks ask it: one prompt and two gradings, the same for every trainer.
+"""GSM8K as this folder's GRPO benchmarks ask it: one prompt with worked examples, two gradings, for every trainer.
 
 As a module of rewards it is given to `align grpo` by name: `--reward "math=1,benchmarks/gsm8k_task.py:strict=0.5"`.
 """
@@ -7,23 +7,56 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from align_core.types import Score
 from align_eval.accuracy.math import MathReward, grade, parse_gold
 
 STRICT_WEIGHT = 0.5
-# An example of the form in the prompt made this model copy the example; the words alone let it reason.
 INSTRUCTION = (
     "{question}\nReason step by step, then end with a last line of the form '#### N', where N is the final number."
 )
+# Without worked examples Qwen2.5-Coder-0.5B boxes its answers and never samples the form; an example of the last line
+# alone it copies instead of reasoning.
+EXAMPLES = (
+    (
+        "Mia earns $12 an hour and works 5 hours on each of 4 days. She spends 25% of what she earns on a bicycle. "
+        "How much money does she keep?",
+        "First find how many hours Mia works by multiplying the days by the hours of a day: "
+        "4 days * 5 hours/day = 20 hours\n"
+        "Then multiply the hours by what she earns in an hour to find what she earns in all: "
+        "20 hours * $12/hour = $240\n"
+        "Then multiply that by 25% to find the price of the bicycle: $240 * 25% = $60\n"
+        "Then subtract the price of the bicycle from what she earned to find what she keeps: $240 - $60 = $180\n"
+        "#### 180",
+    ),
+    (
+        "A bakery fills 6 trays with 24 rolls each. A third of the rolls are sold before noon, and the rest are packed "
+        "in bags of 8 rolls. How many bags does the bakery fill?",
+        "First find the total number of rolls by multiplying the trays by the rolls on a tray: "
+        "6 trays * 24 rolls/tray = 144 rolls\n"
+        "Then divide that number by 3 to find how many rolls are sold before noon: 144 rolls / 3 = 48 rolls\n"
+        "Then subtract the rolls that are sold from the total to find how many are left: "
+        "144 rolls - 48 rolls = 96 rolls\n"
+        "Then divide the rolls that are left by the rolls in a bag to find the number of bags: "
+        "96 rolls / 8 rolls/bag = 12 bags\n"
+        "#### 12",
+    ),
+)
 
 
-def prompt(question: str) -> str:
-    """The user's words for a question."""
-    return INSTRUCTION.format(question=question)
+def prompt(question: str) -> list[dict[str, str]]:
+    """The turns before the answer: two worked examples, then the question."""
+    turns = []
+    for example, answer in EXAMPLES:
+        turns += [
+            {"role": "user", "content": INSTRUCTION.format(question=example)},
+            {"role": "assistant", "content": answer},
+        ]
+    return [*turns, {"role": "user", "content": INSTRUCTION.format(question=question)}]
 
 
-def read(path: Path, *, limit: int | None = None, seed: int | None = None) -> list[dict[str, str]]:
+def read(path: Path, *, limit: int | None = None, seed: int | None = None) -> list[dict[str, Any]]:
     """Records {"prompt", "answer"} of an original GSM8K file, shuffled where a seed is given."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if seed is not None:
@@ -31,7 +64,7 @@ def read(path: Path, *, limit: int | None = None, seed: int | None = None) -> li
     return [{"prompt": prompt(row["question"]), "answer": row["answer"]} for row in rows[:limit]]
 
 
-def write(records: Sequence[Mapping[str, str]], path: Path) -> Path:
+def write(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """The records as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -41,13 +41,12 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     records = gsm8k_task.read(options.train, seed=options.seed)
-    rows = [{"prompt": [{"role": "user", "content": r["prompt"]}], "answer": r["answer"]} for r in records]
     timing = Timing(options)
     trainer = GRPOTrainer(
         model=str(options.model),
         reward_funcs=reward,
         args=settings(options),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(records),
         callbacks=[timing],
     )
     trainer.train()
