@@ -181,12 +181,17 @@ def post(server: RolloutServer, step: str, body: dict[str, Any]) -> None:
         assert json.load(answer) == {"done": step}
 
 
-def test_the_command_serves_on_localhost_and_stops_when_interrupted(model: Path) -> None:
+@pytest.mark.parametrize("wish", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_on_localhost_and_stops_when_asked_to(model: Path, wish: signal.Signals) -> None:
+    """Also where SIGINT is ignored when it starts, as in the background of a shell."""
     run = "import sys; from align_rollout.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", run, "serve", "--model", str(model), "--port", "0"]
     command += ["--context", "128", "--kv-cache-mib", "32"]
     environment = {**os.environ, "ALIGN_ROLLOUT_TOKEN": "from-the-environment"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stderr is not None
         try:
             said = next(line for line in process.stderr if "serving on" in line)
@@ -198,8 +203,11 @@ def test_the_command_serves_on_localhost_and_stops_when_interrupted(model: Path)
             assert answer.usage.completion_tokens >= 1
             assert listening(port) == {"0100007F"}
         finally:
-            process.send_signal(signal.SIGINT)
-            process.stderr.read()
+            process.send_signal(wish)
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
     assert process.returncode == 130
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -81,6 +82,8 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    for wish in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored from birth where a shell starts us in background
+        signal.signal(wish, signal.default_int_handler)
     config = _engine_config(arguments)
     start = _starter(config)
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(24)
