@@ -54,7 +54,7 @@ def metrics(folder: Path, name: str, schedule: ScheduleConfig) -> list[dict[str,
         cluster=ClusterConfig(placement="disaggregated"),
         eval_data=folder / "data" / "prompts.jsonl",
         evaluations=f"accuracy={folder / 'data' / 'test.jsonl'}",
-        eval_limit=8,
+        eval_limit=32,  # numbered from 0, like the training prompts that are under way at step 3
         eval_every=3,
     )
     world = RayWorld(config.cluster)
@@ -82,7 +82,7 @@ def test_async_without_staleness_is_sync_bit_for_bit(tmp_path: Path) -> None:
         cluster.stop()
     assert zero == sync
     assert [line["step"] for line in sync if "eval_accuracy" in line] == [0, 3]
-    assert len(read_lines(tmp_path / "one" / "evaluations" / "accuracy" / "accuracy_step_3.jsonl")) == 8
+    assert len(read_lines(tmp_path / "one" / "evaluations" / "accuracy" / "accuracy_step_3.jsonl")) == 32
     assert one[0] == sync[0] and one[2:] != sync[2:], "with staleness 1 older weights sample, or the test shows nothing"
     stale = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert [line["staleness_max"] for line in stale] == [0, 1, 1, 1]

@@ -30,6 +30,7 @@ class BackgroundEngine:
         self.version = 0
         self.submitted: list[tuple[int, int]] = []
         """(prompt id, version then)"""
+        self.seed_ids: dict[int, int | None] = {}
         self._rng = np.random.default_rng(seed)
         self._in_flight, self._slow = in_flight, set(slow)
         self._under_way: list[dict[str, Any]] = []
@@ -46,7 +47,10 @@ class BackgroundEngine:
         self.version = version
 
     def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        twins = {one["id"] for one in self._under_way} & {prompt.id for prompt in prompts}
+        assert not twins, f"prompt ids {twins} are under way already"
         self.submitted += [(prompt.id, self.version) for prompt in prompts]
+        self.seed_ids |= {prompt.id: prompt.seed_id for prompt in prompts}
         self._under_way += [
             {"id": prompt.id, "sample": sample, "versions": [self.version]}
             for prompt in prompts
@@ -228,6 +232,30 @@ def test_a_saved_stream_loses_and_doubles_nothing(make: Callable[..., Any], stal
         rollouts = run(config, prompts, BackgroundEngine(in_flight=in_flight, slow=[1, 7]), save_at=save_at)
         check_whole(rollouts, config)
         assert max(step - oldest(rollout) for step, rollout in enumerate(rollouts)) <= staleness
+
+
+@pytest.mark.parametrize("in_flight", ["drain", "abort", "continue"])
+@pytest.mark.parametrize("tasks", [3, 3 * SIZE, STEPS * SIZE + 5])
+def test_an_evaluation_may_number_its_prompts_like_those_under_way(
+    make: Callable[..., Any], in_flight: str, tasks: int
+) -> None:
+    config, prompts = make("async", 1, in_flight=in_flight)
+    engine = BackgroundEngine(in_flight=in_flight)
+    schedule, answers, rollouts = open_schedule(config, engine, prompts), [], []
+    asked = [Prompt(id=id, tokens=np.asarray([7], np.int32)) for id in range(tasks)]
+
+    def send(sampler: RolloutEngine) -> None:
+        engine.commit(len(rollouts))
+        if len(rollouts) == 2:
+            answers.extend(sampler.generate(asked, SamplingConfig(n=2, max_tokens=5)))
+
+    for step in range(STEPS):
+        rollouts.append(schedule.rollout(step, send, Clock()))
+    assert [(c.prompt_id, c.sample) for c in answers] == [(id, sample) for id in range(tasks) for sample in range(2)]
+    assert {c.version for c in answers} == {2}
+    seeds = [engine.seed_ids[id] for id in sorted(engine.seed_ids) if id >= STEPS * SIZE]
+    assert seeds == list(range(tasks)), "each is sampled as it is in a synchronous run"
+    check_whole(rollouts, config)
 
 
 def versions_of(rollouts: Sequence[Rollout]) -> list[list[int]]:

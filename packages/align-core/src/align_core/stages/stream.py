@@ -14,7 +14,7 @@ version, and a continued run goes on from there. Groups are handed to whoever sc
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from align_core.config import PolicyConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, WeightSink
@@ -81,13 +81,22 @@ class Stream:
         return assemble([group.question for group in groups], completions)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
-        """Completions of other prompts, which join those under way; see `align_core.contracts.RolloutEngine`."""
-        self._aside = {prompt.id: [] for prompt in prompts}
-        self._background.submit(prompts, sampling)
+        """Completions of other prompts, which join those under way; see `align_core.contracts.RolloutEngine`.
+
+        Whoever asks numbers prompts as it likes: here they get ids beyond those of training, and keep their seeds.
+        """
+        first = self._config.steps * self._config.batch_size
+        renumbered = [
+            replace(prompt, id=first + place, seed_id=prompt.id if prompt.seed_id is None else prompt.seed_id)
+            for place, prompt in enumerate(prompts)
+        ]
+        self._aside = {prompt.id: [] for prompt in renumbered}
+        self._background.submit(renumbered, sampling)
         while sum(map(len, self._aside.values())) < len(prompts) * sampling.n:
             self._receive()
         aside, self._aside = self._aside, {}
-        return [c for prompt in prompts for c in _in_order(aside[prompt.id])]
+        answered = zip(prompts, renumbered)
+        return [replace(c, prompt_id=own.id) for own, other in answered for c in _in_order(aside[other.id])]
 
     def weight_sink(self) -> WeightSink:
         """The engine's."""
