@@ -45,7 +45,7 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
             metrics = update(policy, batch, loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
             reporter.step(step, scored, clock, {**evaluated, **metrics, **canary, **mismatch})
-            check_fused_canary(metrics, config, version=step)
+            check_fused_canary(metrics, scored, config, version=step)
         evaluated = collector.evaluate_finished(policy)
         run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})
 

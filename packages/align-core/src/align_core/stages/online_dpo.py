@@ -37,6 +37,6 @@ def run_online_dpo(config: OnlineDpoConfig, world: World) -> None:
             metrics = update(policy, batch, config.loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
             reporter.step(step, scored, clock, {**evaluated, **metrics, **canary})
-            check_fused_canary(metrics, config, version=step)
+            check_fused_canary(metrics, scored, config, version=step)
         evaluated = collector.evaluate_finished(policy)
         run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})

@@ -63,9 +63,9 @@ def corrected(batch: Batch, config: PolicyConfig) -> tuple[Batch, dict[str, floa
     return with_correction(batch, config.correction) if config.old_logprobs == "trainer" else (batch, {})
 
 
-def check_fused_canary(metrics: Mapping[str, float], config: PolicyConfig, *, version: int) -> None:
-    """Raises SyncError where the update's own pass found engine and trainer too far apart, on fresh completions."""
-    if config.old_logprobs == "fused" and config.schedule.kind == "sync":
+def check_fused_canary(metrics: Mapping[str, float], scored: Scored, config: PolicyConfig, *, version: int) -> None:
+    """Raises SyncError where the update's own pass found engine and trainer too far apart, if all tokens are fresh."""
+    if config.old_logprobs == "fused" and np.array_equal(fresh_tokens(scored, version), scored.rollout.batch.mask):
         check_canary(metrics["canary_mean"], threshold=config.canary_threshold, version=version)
 
 

@@ -1,5 +1,6 @@
 """Moves weights from a trainer to a live engine, and checks by log-probs that both now hold the same model."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from align_core.types import Completion, chunked
 
 Way = Literal["memory", "links", "host"]
 _CHUNK_BYTES = 64 << 20  # small enough to overlap, large enough that a 7B model takes a few hundred calls
+_DIVERGED = "are not finite; the weights have diverged: lower optimizer.lr and start again from an earlier checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,10 +191,7 @@ def compare_logprobs(
     """
     bad = int(np.sum(~np.isfinite(engine_N) | ~np.isfinite(trainer_N)))
     if bad:
-        raise SyncError(
-            f"{bad} of {len(engine_N)} log-probs of tokens sampled by weight version {version} are not finite; "
-            "the weights have diverged: lower optimizer.lr and start again from an earlier checkpoint"
-        )
+        raise SyncError(f"{bad} of {len(engine_N)} log-probs of tokens sampled by weight version {version} {_DIVERGED}")
     difference = np.abs(engine_N.astype(np.float64) - trainer_N.astype(np.float64))
     canary = Canary(
         mean=float(difference.mean()), p99=float(np.quantile(difference, 0.99)), max=float(difference.max())
@@ -208,7 +207,9 @@ def compare_logprobs(
 
 
 def check_canary(mean: float, *, threshold: float, version: int, tokens: str = "the tokens", further: str = "") -> None:
-    """Raises SyncError if the mean |log-prob difference| of engine and trainer, nats, is beyond `threshold`."""
+    """Raises SyncError if the mean |log-prob difference| of engine and trainer, nats, is beyond `threshold` or NaN."""
+    if not math.isfinite(mean):
+        raise SyncError(f"log-probs of {tokens} sampled by weight version {version} {_DIVERGED}")
     if mean > threshold:
         raise SyncError(
             f"engine and trainer disagree on the log-probs of {tokens} sampled by weight version {version}: "
