@@ -122,6 +122,18 @@ def test_refusals_stop_at_once_with_the_services_words(status: int, message: str
     assert len(service.requests) == 1
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirect_is_a_refusal_that_says_where_it_points(status: int) -> None:
+    class Moved(StubService):
+        def _respond(self, handler: Any, body: dict[str, Any]) -> tuple[str, Any]:
+            return self._error(handler, status, "moved", {"Location": f"{self.url}/elsewhere"})
+
+    with Moved() as service, pytest.raises(RefusedError) as caught:
+        _ask(service, _request())
+    assert f"HTTP {status}: moved (it points to '{service.url}/elsewhere'; give the final address)" in str(caught.value)
+    assert len(service.requests) == 1
+
+
 def test_service_that_is_not_there_is_unanswered() -> None:
     with StubService() as service:
         pass

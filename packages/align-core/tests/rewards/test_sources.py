@@ -90,6 +90,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/refuse":
             self.send_error(403, "not you")
             return
+        if self.path.startswith("/moved/"):
+            self.send_response(int(self.path.split("/")[2]))
+            self.send_header("Location", "/score")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if self.path.endswith("/chat/completions"):
             reply = body["messages"][1]["content"].partition("<reply>\n")[2].partition("\n</reply>")[0]
             content = "I cannot say" if reply == "mute" else f"[[3]] no, rather [[{len(reply)}]]"
@@ -101,6 +107,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        """What a redirected POST becomes: scores for whoever asks."""
+        self.seen.append((self.path, {}, self.headers["Authorization"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"[1.0]")
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
@@ -133,6 +146,25 @@ def test_server_that_refuses_is_named_without_the_token(server: str, monkeypatch
     with pytest.raises(DataError, match="refused with status 403") as refusal:
         reward(["p"], ["a"], {})
     assert "s3cret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("path", ["", "/v1"])
+def test_redirect_is_not_followed_and_the_token_stays(
+    server: str, monkeypatch: pytest.MonkeyPatch, status: int, path: str
+) -> None:
+    monkeypatch.setenv("SCORE_KEY", "s3cret")
+    scoring = ScoringConfig(url=f"{server}/moved/{status}{path}", key_variable="SCORE_KEY", model="judge-1")
+    if path:
+        (score,) = JudgeReward(scoring)(["p"], ["a"], {})
+        said = score.error
+    else:
+        with pytest.raises(DataError) as refusal:
+            HttpReward(scoring)(["p"], ["a"], {})
+        said = str(refusal.value)
+    assert f"refused with status {status}: it points to '/score'" in said
+    assert "redirects are not followed" in said
+    assert len(_Handler.seen) == 1
 
 
 def test_server_that_is_away() -> None:

@@ -134,6 +134,8 @@ class OpenAiJudge:
     def _failure(self, response: httpx.Response) -> Exception:
         message, code = _error_of(response)
         told = f"HTTP {response.status_code}: {self._clean(message)}"
+        if response.has_redirect_location:  # not followed: the key and the conversation are for this service alone
+            told += f" (it points to {response.headers['location']!r}; give the final address)"
         passing = response.status_code in _PASSING or response.status_code >= 500
         if not passing or code in _HOPELESS_CODES:
             return RefusedError(f"{self._config.base_url} refuses {self._config.model!r}: {told}")

@@ -16,6 +16,16 @@ _SHOWN = 500  # characters of a server's refusal
 _MOST = 64 << 20  # bytes read of an answer
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The token is for `scoring.url` alone, and a redirected POST would arrive as a GET without its body."""
+
+    def redirect_request(self, *_: object) -> None:
+        """None: the redirect is an error."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class HttpReward:
     """Asks `scoring.url`."""
 
@@ -53,11 +63,13 @@ def post(url: str, body: Mapping[str, object], scoring: ScoringConfig) -> object
         headers["Authorization"] = f"Bearer {os.environ[scoring.key_variable]}"
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=scoring.timeout) as response:
+        with _OPENER.open(request, timeout=scoring.timeout) as response:
             return json.loads(response.read(_MOST))
     except urllib.error.HTTPError as error:
         with error:
             reason = error.read(_SHOWN).decode(errors="replace")
+        if target := error.headers.get("Location"):
+            reason = f"it points to {target!r}; redirects are not followed, so set scoring.url to the final address"
         raise DataError(f"{url} refused with status {error.code}: {reason}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{url} gave no scores: {error}") from error
