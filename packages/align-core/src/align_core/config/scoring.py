@@ -33,6 +33,10 @@ class ScoringConfig:
     """Model that the server of `judge` is asked for."""
     rubric: str = "Rate the assistant's reply to the user from 1 (worst) to 10 (best). End with [[rating]]."
     """What `judge` tells the judging model to do; the last [[number]] of its answer is the score."""
+    rating_min: float = 1.0
+    """Lowest rating that the rubric allows; a lower one is a failed scoring."""
+    rating_max: float = 10.0
+    """Highest rating that the rubric allows; a higher one is a failed scoring."""
     key_variable: str = ""
     """Environment variable with the bearer token for `url`; the token itself is never written or logged."""
     overlong_buffer: int = 32
@@ -40,6 +44,8 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         positive(self, "timeout", "chunk", "clip", "overlong_buffer")
+        if not self.rating_min < self.rating_max:
+            raise ConfigError(f"rating_min {self.rating_min:g} must be below rating_max {self.rating_max:g}")
         for name in ("workers", "retries"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
