@@ -30,7 +30,7 @@ def test_k1_and_k3_are_unbiased() -> None:
 
 
 def test_k2_and_k3_are_never_negative() -> None:
-    log_ratio = torch.linspace(-100, 100, 401)
+    log_ratio = torch.cat([torch.linspace(-100, 100, 401), torch.linspace(-1e-3, 1e-3, 401)])
     zero = torch.zeros_like(log_ratio)
     for estimate in (k2(log_ratio, zero), k3(log_ratio, zero)):
         assert (estimate >= 0).all() and torch.isfinite(estimate).all()
@@ -41,6 +41,17 @@ def test_gradient_equals_finite_differences(estimator: Callable[[Tensor, Tensor]
     logprobs = torch.tensor([-3.0, -0.5, -0.1], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([-0.2, -0.7, -4.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: estimator(x, reference), (logprobs,))
+
+
+@pytest.mark.parametrize("estimator", [k1, k2, k3])
+@pytest.mark.parametrize("log_ratio", [-31.0, 31.0])
+def test_gradient_beyond_the_cap_never_changes_its_sign(
+    estimator: Callable[[Tensor, Tensor], Tensor], log_ratio: float
+) -> None:
+    """On either side of the cap of 30 it pushes the same way, or not at all."""
+    logprobs = torch.tensor([log_ratio, log_ratio * 29 / 31], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(estimator(logprobs, torch.zeros_like(logprobs)).sum(), logprobs)
+    assert gradient[1] != 0 and gradient[0] * gradient[1] >= 0
 
 
 def test_nan_is_refused_by_name() -> None:

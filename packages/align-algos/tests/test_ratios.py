@@ -1,10 +1,12 @@
 """The ratio is exact and monotonic, and its cap holds."""
 
+import math
+
 import torch
 from torch.testing import assert_close
 
 from align_algos import exp_ratio
-from align_algos.ratios import MAX_LOG_RATIO
+from align_algos.ratios import MAX_LOG_RATIO, exp_excess
 
 
 def test_exact_up_to_the_cap() -> None:
@@ -22,4 +24,19 @@ def test_beyond_the_cap_the_value_stays_and_the_gradient_is_zero() -> None:
     ratio = exp_ratio(x)
     ratio.sum().backward()
     assert_close(ratio.detach(), torch.full((2,), MAX_LOG_RATIO).exp())
+    assert torch.equal(x.grad, torch.zeros(2))
+
+
+def test_excess_by_hand_and_never_negative() -> None:
+    """x = ln 2: 2 - 1 - 0.693147 = 0.306853; small x: x^2 / 2, which exp(x) - 1 - x in float32 rounds below 0."""
+    assert_close(exp_excess(torch.tensor([math.log(2.0), -1e-4])), torch.tensor([0.306853, 5e-9]), rtol=1e-3, atol=0)
+    x = torch.logspace(-12, 2, 10_001)
+    assert (exp_excess(torch.cat([x, -x])) >= 0).all()
+
+
+def test_the_excess_beyond_the_cap_stays_and_its_gradient_is_zero() -> None:
+    x = torch.tensor([MAX_LOG_RATIO + 1, 1e30], requires_grad=True)
+    excess = exp_excess(x)
+    excess.sum().backward()
+    assert_close(excess.detach(), exp_excess(torch.full((2,), MAX_LOG_RATIO)))
     assert torch.equal(x.grad, torch.zeros(2))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from align_algos.checks import check_choice, check_columns, check_count, check_mask, check_number
-from align_algos.ratios import exp_ratio
+from align_algos.ratios import exp_excess, exp_ratio
 from align_algos.reductions import masked, per_token, segment_lengths, segment_sum
 
 Level = Literal["token", "sequence", "geometric"]
@@ -140,7 +140,7 @@ def mismatch_metrics(
     divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
     return {
         "mismatch_abs": log_ratio_N.abs().sum() / divisor,
-        "mismatch_kl": (exp_ratio(log_ratio_N) - 1.0 - log_ratio_N).sum() / divisor,
+        "mismatch_kl": exp_excess(log_ratio_N).sum() / divisor,
         "corrected_fraction": corrected_N.sum() / divisor,
         "weight": weights_N.sum() / divisor,
         "weight_square": weights_N.square().sum() / divisor,

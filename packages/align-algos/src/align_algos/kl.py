@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align_algos.checks import check_choice, check_columns, check_number
 from align_algos.errors import InputError
-from align_algos.ratios import exp_ratio
+from align_algos.ratios import exp_excess
 from align_algos.reductions import working_precision
 
 # Ziegler et al. limit the relative error to 0.2, so that one odd batch cannot throw the coefficient far.
@@ -32,8 +32,7 @@ def k2(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
 
 def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
     """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`."""
-    log_ratio_N = _log_ratio(logprobs_N, reference_logprobs_N)
-    return exp_ratio(-log_ratio_N) - 1.0 + log_ratio_N
+    return exp_excess(-_log_ratio(logprobs_N, reference_logprobs_N))
 
 
 Estimator = Literal["k1", "k2", "k3"]

@@ -11,3 +11,14 @@ MAX_LOG_RATIO = 30.0
 def exp_ratio(log_ratio: Tensor) -> Tensor:
     """exp(log_ratio), with log_ratio capped at MAX_LOG_RATIO. Exact and monotonic below the cap; no Taylor series."""
     return torch.exp(log_ratio.clamp(max=MAX_LOG_RATIO))
+
+
+def exp_excess(log_ratio: Tensor) -> Tensor:
+    """exp(x) - 1 - x of x = log_ratio capped at MAX_LOG_RATIO: never negative, 0 at 0; what the k3 estimate is made of.
+
+    The cap holds x in both terms. Held in the exponential alone, the gradient of what is left, -x, would point the
+    other way beyond it.
+    """
+    held = log_ratio.clamp(max=MAX_LOG_RATIO)
+    # exp(x) - 1 rounds to less than x where x is small.
+    return torch.expm1(held) - held

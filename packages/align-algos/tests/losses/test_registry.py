@@ -122,6 +122,8 @@ def make_batch(case: Case, seed: int, *, lengths: Tensor | None = None) -> Batch
             batch[parameter] = torch.randn(length, generator=random, dtype=torch.float64)
             if "logprobs" in parameter:
                 batch[parameter] = -batch[parameter].abs()
+            if parameter == "weights_N":
+                batch[parameter] = batch[parameter].abs()
     return batch
 
 
@@ -303,6 +305,23 @@ def test_extreme_differences_give_finite_values_and_gradients(case: Case, scale:
     output, gradient = call_with_gradient(case, batch, global_counts(case, batch))
     assert torch.isfinite(torch.stack([output.loss, *output.metrics.values()])).all()
     assert torch.isfinite(gradient).all()
+
+
+@every_loss
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_the_gradient_does_not_change_its_sign_at_the_cap_of_a_ratio(case: Case, side: float) -> None:
+    """At log-ratios of +-31, beyond the cap of 30, every token is pushed the way it is at +-29, or not at all."""
+    batch = make_batch(case, 13, lengths=torch.ones(SEQUENCES, dtype=torch.int64))
+    others = [key for key in batch if key in ("old_logprobs_N", "reference_logprobs_N")]
+    if not others:
+        return
+    low_N = torch.full_like(batch[case.trained], -40.0)
+    changed = batch | dict.fromkeys(others, low_N)
+    below_N, beyond_N = (
+        call_with_gradient(case, changed | {case.trained: low_N + side * distance}, global_counts(case, batch))[1]
+        for distance in (29.0, 31.0)
+    )
+    assert (below_N * beyond_N >= 0).all()
 
 
 @every_loss

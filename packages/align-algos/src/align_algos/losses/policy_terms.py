@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align_algos.checks import check_columns, check_count, check_mask, check_number
 from align_algos.errors import InputError
-from align_algos.ratios import exp_ratio
+from align_algos.ratios import exp_excess
 from align_algos.reductions import masked
 
 
@@ -86,10 +86,9 @@ def weighted(loss_N: Tensor, terms: PolicyTerms) -> Tensor:
 
 def policy_metrics(loss: Tensor, terms: PolicyTerms, removed_N: Tensor) -> dict[str, Tensor]:
     """`policy_loss`; token means of `clip_fraction`, `entropy` (-log pi, an estimate), `approx_kl` (k3, old || pi)."""
-    log_ratio_N = terms.log_ratio_N.detach()
     return {
         "policy_loss": loss.detach(),
         "clip_fraction": removed_N.sum() / terms.divisor,
         "entropy": -terms.logprobs_N.detach().sum() / terms.divisor,
-        "approx_kl": (exp_ratio(log_ratio_N) - 1.0 - log_ratio_N).sum() / terms.divisor,
+        "approx_kl": exp_excess(terms.log_ratio_N.detach()).sum() / terms.divisor,
     }
