@@ -66,6 +66,17 @@ def test_rloo_on_policy_is_reinforce() -> None:
     assert_close(logprobs.grad, torch.tensor([-0.5, -0.5, 0.5]))
 
 
+def test_rloo_of_a_long_sequence_counts_what_the_cap_removed() -> None:
+    """2,000 tokens that each drifted by 0.016 nat: the sequence's log-ratio is 32, beyond 30; by 0.014: 28."""
+    for drift, counted in ((0.016, 1.0), (0.014, 0.0)):
+        logprobs = torch.full((2000,), drift, requires_grad=True)
+        columns = (torch.zeros(2000), -torch.ones(2000), torch.ones(2000, dtype=torch.bool), torch.tensor([0, 2000]))
+        output = rloo_loss(logprobs, *columns, num_tokens=2000, num_sequences=1)
+        output.loss.backward()
+        assert logprobs.grad.any() == (counted == 0.0)
+        assert output.metrics["clip_fraction"] == counted
+
+
 def test_cispo_by_hand() -> None:
     """Ratios 2, 1, 1/2 clipped to 1.5, 1, 0.5; minus weight x A x log pi, log pi = -2.306853, -2, -1.693147.
 

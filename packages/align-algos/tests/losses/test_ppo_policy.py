@@ -69,6 +69,17 @@ def test_log_ratio_of_thirty_is_exact(log_ratio: float, advantage: float) -> Non
     assert_close(logprobs.grad.item(), 0.0 if is_clipped else -advantage * ratio)
 
 
+@pytest.mark.parametrize(("log_ratio", "counted"), [(29.9, 0.0), (30.1, 1.0)])
+def test_a_token_beyond_the_cap_of_the_ratio_counts_as_clipped(log_ratio: float, counted: float) -> None:
+    """A = -1, so the clip does not bind; the cap of e^30 does, at 30.1. A token that has no advantage lost nothing."""
+    logprobs = torch.tensor([log_ratio, 31.0], requires_grad=True)
+    columns = (torch.zeros(2), torch.tensor([-1.0, 0.0]), torch.ones(2, dtype=torch.bool))
+    output = ppo_policy_loss(logprobs, *columns, num_tokens=2, **CLIP)
+    output.loss.backward()
+    assert (logprobs.grad[0] == 0.0) == (counted == 1.0)
+    assert output.metrics["clip_fraction"] == counted / 2
+
+
 def test_asymmetric_clip() -> None:
     """clip_low 0.1, clip_high 0.5 with A = +-1: r = 1.4 is inside, r = 0.8 with A = -1 is held at 0.9."""
     logprobs = torch.tensor([1.4, 0.8]).log()

@@ -1,6 +1,6 @@
 """What the policy-gradient losses share: checked columns, the clipped surrogate, their metrics.
 
-Knows nothing about how tokens are summed. Legend: N flat tokens; a ratio may be per token [N] or per sequence [B].
+Knows nothing about how tokens are summed. Legend: N flat tokens; a log-ratio may be per token [N] or per sequence [B].
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align_algos.checks import check_columns, check_count, check_mask, check_number
 from align_algos.errors import InputError
-from align_algos.ratios import exp_excess
+from align_algos.ratios import MAX_LOG_RATIO, exp_excess, exp_ratio
 from align_algos.reductions import masked
 
 
@@ -58,17 +58,19 @@ def policy_terms(
 
 
 def clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
+    log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and where clipping removed the gradient.
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and where clipping, or the cap of r, removed the gradient.
 
     With `dual_clip` c the result for A < 0 is at most -A c, so that one token of huge ratio cannot dominate.
     """
     check_number("clip_low", clip_low, low=0.0, high=1.0)
     check_number("clip_high", clip_high, low=0.0)
+    ratio = exp_ratio(log_ratio)
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
-    loss, removed = plain.maximum(clipped), clipped > plain
+    capped = (log_ratio > MAX_LOG_RATIO) & (advantages != 0)
+    loss, removed = plain.maximum(clipped), (clipped > plain) | capped
     if dual_clip is not None:
         check_number("dual_clip", dual_clip)
         if dual_clip <= 1.0 + clip_high:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from align_algos.losses.output import LossOutput
 from align_algos.losses.policy_terms import clipped_surrogate, policy_metrics, policy_terms, weighted
-from align_algos.ratios import exp_ratio
 from align_algos.reductions import Reduction, reduce_tokens
 
 
@@ -43,15 +42,16 @@ def ppo_policy_loss(
         weights_N: floating [N], from `correction`: multiplies each token's loss; a constant. None: all 1.
         reduction, offsets, num_sequences, length: as in `reductions.reduce_tokens`.
     Returns:
-        metrics `policy_loss`; `clip_fraction`: share of tokens where clipping removed the gradient; `entropy`: -log pi
-        of the sampled tokens, an estimate; `approx_kl`: k3 estimate of KL(old || pi).
+        metrics `policy_loss`; `clip_fraction`: share of tokens without gradient, because of the clip or because their
+        ratio is beyond e^30 (`ratios.MAX_LOG_RATIO`); `entropy`: -log pi of the sampled tokens, an estimate;
+        `approx_kl`: k3 estimate of KL(old || pi).
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2019, arXiv:1912.09729.
     """
     terms = policy_terms(logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens=num_tokens, weights_N=weights_N)
     loss_N, removed_N = clipped_surrogate(
-        exp_ratio(terms.log_ratio_N), terms.advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+        terms.log_ratio_N, terms.advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
     )
     loss = reduce_tokens(
         weighted(loss_N, terms),

@@ -8,7 +8,6 @@ from torch import Tensor
 from align_algos.checks import check_count, check_offsets
 from align_algos.losses.output import LossOutput
 from align_algos.losses.policy_terms import clipped_surrogate, policy_metrics, policy_terms
-from align_algos.ratios import exp_ratio
 from align_algos.reductions import masked, per_token, segment_lengths, segment_sum
 
 
@@ -36,7 +35,7 @@ def sequence_surrogate(
     log_ratio_B = segment_sum(terms.log_ratio_N, offsets)
     advantages_B = segment_sum(terms.advantages_N, offsets) / length_B
     loss_B, removed_B = clipped_surrogate(
-        exp_ratio(log_ratio_B / length_B if mean_ratio else log_ratio_B),
+        log_ratio_B / length_B if mean_ratio else log_ratio_B,
         advantages_B,
         clip_low=clip_low,
         clip_high=clip_high,
