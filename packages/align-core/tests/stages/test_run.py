@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from align_core.config import EngineConfig, OptimizerConfig, ParallelConfig, SamplingConfig, StageConfig, TrainingConfig
+from align_core.config import (
+    EngineConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SamplingConfig,
+    ScoringConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from align_core.errors import CheckpointError, ConfigError
 from align_core.stages.run import Run, read_metrics
 
@@ -175,6 +183,7 @@ def test_run_that_saved_nothing_may_start_again_with_other_settings(make_config:
         {"training": TrainingConfig(dtype="bfloat16", micro_batch_tokens=7)},
         {"engine": EngineConfig(name="other", context=64, dtype="bfloat16", kv_cache_mib=9, memory_fraction=0.9)},
         {"canary_threshold": 0.5},
+        {"scoring": ScoringConfig(workers=0, on_failure="drop", url="http://localhost:9/v1", key_variable="KEY")},
     ],
     ids=lambda free: next(iter(free)),
 )
@@ -189,6 +198,7 @@ def test_speed_place_precision_and_tolerance_may_change(make_config: Callable[..
         ({"engine": EngineConfig(name="fake", context=60)}, "engine.context was 64, is 60"),
         ({"sampling": SamplingConfig(n=4, max_tokens=5)}, "sampling.n was 3, is 4"),
         ({"batch_size": 2}, "batch_size was 4, is 2"),
+        ({"scoring": ScoringConfig(workers=0, model="other")}, "scoring.model was '', is 'other'"),
     ],
 )
 def test_what_is_computed_may_not_change(make_config: Callable[..., Any], bound: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ _FREE = {
     *("out", "save_every", "keep_last", "export", "trackers", "evaluations", "eval_limit"),
     *("parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
     *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
+    *("scoring.on_failure", "scoring.url", "scoring.key_variable"),  # a reward server may move
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
     *("engine.memory_fraction", "engine.kv_cache_mib", "engine.enforce_eager", "engine.max_sequences"),
     *("engine.replicas", "engine.sleep", "engine.verify", "engine.transport"),
