@@ -66,6 +66,8 @@ def test_crash_at_any_operation_changes_nothing(
     assert [line["step"] for line in expected] == list(range(6))
     assert expected[0]["loss"] != expected[-1]["loss"]
     assert {"step", "save", "export"} <= set(world.operations)
+    last_save = max(i for i, name in enumerate(world.operations) if name == "save")
+    assert last_save < world.operations.index("export", last_save)
     best = undisturbed.out / "best" / "best.json"
     for crash_at, operation in enumerate(world.operations):
         config = make_config(stage, out=f"crash{crash_at}", **changes)
@@ -74,6 +76,8 @@ def test_crash_at_any_operation_changes_nothing(
         again = fake_world()
         STAGES[stage](config, again)
         assert len(again.operations) <= len(world.operations)
+        if crash_at > last_save:
+            assert "step" not in again.operations, "what follows the last step repeats no step"
         assert metrics(config.out) == expected, f"after a crash in operation {crash_at}, {operation}"
         assert result(config.out) == result(undisturbed.out)
         wanted = np.load(undisturbed.out / "model" / "arrays.npz")
@@ -186,26 +190,51 @@ def test_one_step_off_continues_with_the_completions_that_waited(
     assert "canary_mean" in metrics(whole.out)[0] and "canary_mean" not in metrics(whole.out)[1]
 
 
+@pytest.fixture
+def sigterm_at(fake_world: Callable[..., Any]) -> Callable[[str, int], Any]:
+    """A world in which SIGTERM comes during the operation of this name and number, from 1."""
+
+    def make(name: str, number: int) -> Any:
+        world = fake_world()
+        tick = world.tick
+
+        def tick_and_stop(operation: str) -> None:
+            tick(operation)
+            if operation == name and world.operations.count(name) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        world.tick = tick_and_stop
+        return world
+
+    return make
+
+
+@pytest.mark.parametrize("step", [3, 6])
 def test_sigterm_ends_the_step_saves_and_stops(
-    make_config: Callable[..., StageConfig], fake_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    step: int,
+    make_config: Callable[..., StageConfig],
+    fake_world: Callable[..., Any],
+    sigterm_at: Callable[[str, int], Any],
 ) -> None:
     whole, config = make_config("grpo", out="whole"), make_config("grpo", out="stopped", save_every=100)
     run_grpo(make_config("grpo", out="whole", save_every=100), fake_world())
-    world = fake_world()
-    tick = world.tick
-
-    def tick_and_stop(operation: str) -> None:
-        tick(operation)
-        if world.operations.count("step") == 3 and operation == "step":
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(world, "tick", tick_and_stop)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="stopped after step 3 of 6, which is saved"):
-        run_grpo(config, world)
+    with pytest.raises(Stopped, match=f"stopped after step {step} of 6, which is saved"):
+        run_grpo(config, sigterm_at("step", step))
     assert signal.getsignal(signal.SIGTERM) is before
-    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_3"]
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == [f"step_{step}"]
     again = fake_world()
     run_grpo(config, again)
-    assert again.operations.count("step") == 3
+    assert again.operations.count("step") == 6 - step
     assert metrics(config.out) == metrics(whole.out)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rlhf"])
+def test_sigterm_after_the_last_step_lets_the_run_finish(
+    stage: str, make_config: Callable[..., StageConfig], sigterm_at: Callable[[str, int], Any]
+) -> None:
+    config, before = make_config(stage), signal.getsignal(signal.SIGTERM)
+    STAGES[stage](config, sigterm_at("export", 1))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert result(config.out)["steps"] == 6
+    assert not (config.out / "checkpoints").exists()

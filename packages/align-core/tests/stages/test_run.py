@@ -48,7 +48,7 @@ def walk(config: StageConfig, *, until: int | None = None) -> Model:
         run.log(step, {"value": 2.0 * step})
         if step == until:
             return model
-    run.finish(model, {"records": 10})
+    run.finish(model, {"records": 10}, evaluate=dict)
     return model
 
 

@@ -73,7 +73,7 @@ def run_dpo(config: DpoConfig, world: World) -> None:
             metrics = model.step(batch, config.loss)
             clock.lap("train")
             run.log(step, {**metrics, **measured, **clock.laps})
-    run.finish(model, {"records": len(records), **evaluation.at_end()})
+    run.finish(model, {"records": len(records)}, evaluate=evaluation.at_end)
 
 
 def pair_batch(pairs: Sequence[Pair]) -> Batch:

@@ -7,6 +7,7 @@ family: which advantages, which ratio, which average.
 
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -46,8 +47,8 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
             clock.lap("train")
             reporter.step(step, scored, clock, {**evaluated, **metrics, **canary, **mismatch})
             check_fused_canary(metrics, scored, config, version=step)
-        evaluated = collector.evaluate_finished(policy)
-        run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})
+        result = {"records": len(prompts.records), "reward_function": config.reward}
+        run.finish(policy, result, evaluate=partial(collector.evaluate_finished, policy))
 
 
 def with_advantages(batch: Batch, config: GrpoConfig) -> Batch:

@@ -78,7 +78,7 @@ def run_kto(config: KtoConfig, world: World) -> None:
             metrics = _means(model.step(matched, config.loss))
             clock.lap("train")
             run.log(step, {**metrics, "kl": kl, **measured, **clock.laps})
-    run.finish(model, {"records": len(records), **evaluation.at_end()})
+    run.finish(model, {"records": len(records)}, evaluate=evaluation.at_end)
 
 
 def marked_batch(rows: Sequence[Marked], *, max_length: int) -> Batch:

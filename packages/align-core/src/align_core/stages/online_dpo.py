@@ -5,6 +5,7 @@ DPO's, against the frozen model that training started from. Groups with equal re
 """
 
 from contextlib import closing
+from functools import partial
 
 from align_core.config import OnlineDpoConfig, TrainerConfig
 from align_core.stages.clock import Clock
@@ -38,5 +39,5 @@ def run_online_dpo(config: OnlineDpoConfig, world: World) -> None:
             clock.lap("train")
             reporter.step(step, scored, clock, {**evaluated, **metrics, **canary})
             check_fused_canary(metrics, scored, config, version=step)
-        evaluated = collector.evaluate_finished(policy)
-        run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})
+        result = {"records": len(prompts.records), "reward_function": config.reward}
+        run.finish(policy, result, evaluate=partial(collector.evaluate_finished, policy))

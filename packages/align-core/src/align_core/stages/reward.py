@@ -48,7 +48,7 @@ def run_reward(config: RewardConfig, world: World) -> None:
             clock.lap("train")
             run.log(step, {**metrics, **measured, **clock.laps})
     result = {"records": len(records), "eval_records": len(held_out or ()), "eval_accuracy": None}
-    run.finish(model, {**result, **evaluation.at_end()})
+    run.finish(model, result, evaluate=evaluation.at_end)
 
 
 def ranked_batch(groups: Sequence[tuple[Sequence[Example], Sequence[float]]]) -> Batch:

@@ -8,6 +8,7 @@ be steered and is part of the checkpoint.
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -53,9 +54,8 @@ def run_rlhf(config: RlhfConfig, world: World) -> None:
                 metrics |= update(policy, batch, config.loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
             reporter.step(step, scored, clock, {**evaluated, **metrics, **penalty, **canary, **mismatch})
-        evaluated = collector.evaluate_finished(policy)
-        value.export(run.out / "value")
-        run.finish(policy, {"records": len(prompts.records), "reward_function": config.reward, **evaluated})
+        result = {"records": len(prompts.records), "reward_function": config.reward}
+        run.finish(policy, result, evaluate=partial(collector.evaluate_finished, policy), beside={"value": value})
 
 
 def policy_config(config: RlhfConfig) -> TrainerConfig:

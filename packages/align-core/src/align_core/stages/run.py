@@ -10,6 +10,7 @@ OUT/checkpoints/step_N/     all that is needed to continue; the newest one count
 OUT/checkpoints/...         what a stage computes once before its first step
 OUT/best/                   with keep_best: the model of the best evaluation
 OUT/model/                  the trained model as a Megatron checkpoint
+OUT/NAME/                   the same of the models beside the policy
 OUT/hf/                     with export hf: the same as a Hugging Face directory
 OUT/report.html             curves, times, samples (with align-core[tutorial]); `align report OUT` at any time
 OUT/result.json             written last: the stage is finished
@@ -20,7 +21,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +88,8 @@ class Run:
         self._tracker_names = check_trackers(config.trackers)
         self._trackers: list[Tracker] = []
         self._screen: Screen | None = None
+        self._until_finished = ExitStack()
+        """What stays in force between the last step and the end of `finish`."""
         self._check_settings()
         self._id = self._check_data({name: found.fingerprint() for name, found in (data or {}).items()})
 
@@ -97,7 +101,9 @@ class Run:
     def steps(
         self, model: Model, *, beside: Mapping[str, Model] | None = None, state: Sequence[Stateful] = ()
     ) -> Iterator[int]:
-        """The steps still to do, from 0 or from the newest checkpoint; saves after every `save_every` of them.
+        """The steps still to do, from 0 or from the newest checkpoint; saves after every `save_every` and the last.
+
+        After the last one a SIGTERM lets `finish`, which is to follow, come to its end.
 
         Args:
             beside: further trained models, by name, saved and loaded with `model`.
@@ -111,18 +117,19 @@ class Run:
         self._trackers = open_trackers(self._tracker_names, self._info(first))
         try:
             self._screen = Screen(self.out.name, total=self.config.steps, completed=first)
-            with shown(self._screen), stop_request() as stop:
+            with shown(self._screen), ExitStack() as stack:
+                stop = stack.enter_context(stop_request())
                 for step in range(first, self.config.steps):
                     yield step
                     self._screen.advance(step + 1)
-                    if step + 1 == self.config.steps:
-                        continue
-                    if (step + 1) % self.config.save_every == 0 or stop.is_set():
+                    due = (step + 1) % self.config.save_every == 0 or step + 1 == self.config.steps
+                    if due or stop.is_set():
                         self._save(step + 1, model, beside, state)
                     if stop.is_set():
                         if isinstance(model, SupportsAsyncSave):
                             model.finish_saving()
                         raise Stopped(f"stopped after step {step + 1} of {self.config.steps}, which is saved")
+                self._until_finished = stack.pop_all()
         finally:
             for tracker in self._trackers:
                 tracker.close()
@@ -149,15 +156,33 @@ class Run:
         if self._screen is not None:
             self._screen.show_sample(rows)
 
-    def finish(self, model: Model, result: Mapping[str, object]) -> None:
-        """Exports the model, then writes result.json, then drops the checkpoints that are no longer needed."""
-        model.export(self.out / "model")
-        if self.config.export == "hf":
-            _export_hf(self.out / "model", self.out / "hf")
-        self._write_page()
-        last = read_metrics(self.out)[-1]
-        write_json(self.out / "result.json", {"steps": self.config.steps, "last_step": last, **result})
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+    def finish(
+        self,
+        model: Model,
+        result: Mapping[str, object],
+        *,
+        evaluate: Callable[[], Mapping[str, object]],
+        beside: Mapping[str, Model] | None = None,
+    ) -> None:
+        """Evaluates and exports, then writes result.json, then drops the checkpoints that are no longer needed.
+
+        What fails here is repeated by the same command, without a step: the last one is saved.
+
+        Args:
+            evaluate: finds what joins `result` of the finished model.
+            beside: further trained models, by name, exported to OUT/NAME.
+        """
+        with self._until_finished:
+            found = evaluate()
+            for name, other in (beside or {}).items():
+                other.export(self.out / name)
+            model.export(self.out / "model")
+            if self.config.export == "hf":
+                _export_hf(self.out / "model", self.out / "hf")
+            self._write_page()
+            last = read_metrics(self.out)[-1]
+            write_json(self.out / "result.json", {"steps": self.config.steps, "last_step": last, **result, **found})
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
     def _write_page(self) -> None:
         """The report of the run, where what draws it is installed; a run is complete without it."""

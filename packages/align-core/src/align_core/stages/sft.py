@@ -48,4 +48,4 @@ def run_sft(config: SftConfig, world: World) -> None:
             metrics = model.step(batch, config.loss)
             clock.lap("train")
             run.log(step, {**metrics, **measured, **clock.laps})
-    run.finish(model, {"records": len(records), **evaluation.at_end()})
+    run.finish(model, {"records": len(records)}, evaluate=evaluation.at_end)

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: the run ends when its step is done and saved, not in the middle."""
+"""SIGTERM as a request: the run ends when its step, or its finish, is done and saved, not in the middle."""
 
 import logging
 import signal
@@ -24,7 +24,7 @@ def stop_request() -> Iterator[threading.Event]:
     def request(number: int, frame: FrameType | None) -> None:
         event.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        logger.info("SIGTERM: this step is finished and saved, then the run stops; a second one stops it now")
+        logger.info("SIGTERM: what is under way is finished and saved, then the run stops; a second one stops it now")
 
     before = signal.signal(signal.SIGTERM, request)
     try:
