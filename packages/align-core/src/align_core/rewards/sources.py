@@ -128,8 +128,13 @@ def scores_of(
 
 
 def _score(answer: object) -> Score:
-    if isinstance(answer, Score):
-        return answer
+    if isinstance(answer, Score):  # whose fields a user's function may have filled with other types
+        value, extracted = answer.value, cast("object", answer.extracted)
+        return Score(
+            value=None if value is None else float(value),
+            error=str(answer.error),
+            extracted="" if extracted is None else str(extracted),
+        )
     if answer is None:
         return Score(value=None, error="the function returned None")
     if not hasattr(answer, "__float__"):
