@@ -2,17 +2,21 @@
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from align_core.config import ScoringConfig
 from align_core.errors import ConfigError, WorkerError
+from align_core.rewards import pool as pool_module
 from align_core.rewards.pool import RewardPool
 
 FUNCTIONS = """
 import os, time
 from dataclasses import dataclass
+from fractions import Fraction
+import numpy as np
 from align_core.types import Score
 
 @dataclass
@@ -51,6 +55,16 @@ def flaky(prompts, completions, columns, seen=[]):
 
 def always_hangs(prompts, completions, columns):
     time.sleep(60)
+
+def other_types(prompts, completions, columns):
+    return [Score(value=np.float32(0.5), extracted=["x"]), Score(value=Fraction(1, 4), extracted=None)]
+
+def unprintable(prompts, completions, columns):
+    return [Score(value=1.0, extracted=Unprintable() if text == "x" else text) for text in completions]
+
+class Unprintable:
+    def __str__(self):
+        raise ValueError("no text")
 
 def too_few(prompts, completions, columns):
     return [1.0]
@@ -122,8 +136,50 @@ def test_failures_are_tried_again(open_pool: Open) -> None:
 
 def test_reward_that_always_hangs_stops_soon(open_pool: Open) -> None:
     pool = open_pool("always_hangs", timeout=0.2)
-    with pytest.raises(WorkerError, match=r"no score within 0\.2 s for more than 8 completions of one step"):
+    with pytest.raises(WorkerError, match=r"no score within 0\.2 s for 9 of 16 completions of one step"):
         score(pool, *"abcdefghijklmnop")
+
+
+@pytest.mark.parametrize(("on_failure", "hung"), [("stop", 1), ("drop", 2)])
+def test_completions_that_hang_are_counted_once_however_often_they_are_tried(
+    open_pool: Open, monkeypatch: pytest.MonkeyPatch, on_failure: str, hung: int
+) -> None:
+    """With a limit of 1: one hung completion of four, or half of them where they are dropped; two tries each."""
+    monkeypatch.setattr(pool_module, "_GIVE_UP", 1)
+    pool = open_pool("hangs_on_x", timeout=0.5, retries=1, on_failure=on_failure)
+    found = score(pool, *"x" * hung, *"a" * (4 - hung))
+    assert [value for value, _ in found] == [None] * hung + [1.0] * (4 - hung)
+
+
+def test_drop_ends_where_more_than_half_hang(open_pool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_GIVE_UP", 1)
+    pool = open_pool("hangs_on_x", timeout=0.5, on_failure="drop")
+    with pytest.raises(WorkerError, match="for 3 of 5 completions of one step"):
+        score(pool, *"xxxaa")
+
+
+def test_closing_waits_for_no_function(open_pool: Open) -> None:
+    """Two calls are under way and more wait; each would hang for longer than the test may take."""
+    pool = open_pool("hangs_on_x", timeout=30.0, workers=2, chunk=1)
+    score(pool, "a", "b")
+    with ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(score, pool, *"xxxx")
+        time.sleep(0.5)
+        began = time.monotonic()
+        pool.close()
+        assert time.monotonic() - began < 5
+        with pytest.raises(CancelledError):
+            scores.result(timeout=5)
+
+
+def test_fields_of_other_types_are_taken_as_numbers_and_texts(open_pool: Open) -> None:
+    pool = open_pool("other_types")
+    found = pool.score(["p", "p"], ["a", "b"], {})
+    assert [(one.value, one.extracted) for one in found] == [(0.5, "['x']"), (0.25, "")]
+
+
+def test_score_that_cannot_be_written_is_a_failure_and_the_process_goes_on(open_pool: Open) -> None:
+    assert score(open_pool("unprintable"), "a", "x") == [(1.0, ""), (None, "ValueError: no text")]
 
 
 def test_wrong_number_of_scores_is_a_failure_of_each(open_pool: Open) -> None:

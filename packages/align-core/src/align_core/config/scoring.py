@@ -20,7 +20,8 @@ class ScoringConfig:
     retries: int = 1
     """Times that a failed scoring is tried again before it counts as a failure."""
     on_failure: Literal["stop", "drop"] = "stop"
-    """A completion that cannot be scored ends the run with the reason, or is left out of the update and counted."""
+    """A completion that cannot be scored ends the run with the reason, or is left out of the update and counted. Where
+    more than half of a step's completions (and more than 8) hit the time limit, `drop` ends the run too."""
     clip: float = 100.0
     """Scores of a reward model are held within +-clip; the tutorial's cliprange_reward."""
     pattern: str = ""

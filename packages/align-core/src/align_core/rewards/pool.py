@@ -6,6 +6,7 @@ completion costs itself, not its neighbours. A completion without a score carrie
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import queue
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +25,8 @@ from align_core.errors import ConfigError, WorkerError
 from align_core.types import Score
 
 _START_SECONDS = 120.0  # importing a user's packages may take long on a busy machine
-_GIVE_UP = 8  # completions of one step that may hit the limit before the reward counts as out of order
+_GIVE_UP = 8  # completions of one step that may hit the limit before the reward counts as out of order ...
+_GIVE_UP_SHARE = 0.5  # ... and where failures are dropped, it must also be more than this share of those asked about
 _SHOWN = 2000  # characters of a dead process's error output
 _READ = 1 << 16
 
@@ -44,6 +46,7 @@ class RewardProcess:
         self._name, self._scoring = name, scoring
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
+        self._killed = False
 
     def start(self) -> None:
         """Raises ConfigError with the function's own complaint when it cannot be loaded."""
@@ -56,6 +59,8 @@ class RewardProcess:
             start_new_session=True,  # its children end with it
         )
         self._rest = b""
+        if self._killed:  # while this one began, too late for `kill` to see it
+            self.kill()
         try:
             answer = self._exchange(dataclasses.asdict(self._scoring), _START_SECONDS)
         except ProcessFailure as failure:
@@ -66,12 +71,22 @@ class RewardProcess:
 
     def ask(self, call: Mapping[str, object]) -> list[Score]:
         """The scores of one call; raises ProcessFailure where there are none."""
+        if self._killed:
+            raise ProcessFailure("the run has ended")
         if self._process is None:
             self.start()
         answer = self._exchange(call, self._scoring.timeout)
         if "failure" in answer:
             raise ProcessFailure(str(answer["failure"]))
         return [Score(**score) for score in answer["scores"]]
+
+    def kill(self) -> None:
+        """Ends the process for good. From any thread: a call under way in another one fails at once."""
+        self._killed = True
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
         """Ends the process and its children; calling it again does nothing."""
@@ -137,7 +152,10 @@ class RewardPool:
         for process in self._processes:
             self._free.put(process)
         self._threads = ThreadPoolExecutor(scoring.workers, thread_name_prefix=f"reward-{name[:20]}")
-        self._timeouts = 0
+        self._calls = itertools.count()
+        self._asked = 0
+        self._late: set[tuple[int, int]] = set()
+        """Completions of this step that hit the time limit, by call and row."""
 
     def score(
         self,
@@ -150,62 +168,71 @@ class RewardPool:
         """One score or reason a completion. May be called from several threads.
 
         Args:
-            same_step: completions that hit the time limit are counted with those of the calls before.
+            same_step: these completions are of the same step as those of the call before.
         Raises:
             WorkerError: too many completions hit the time limit, so the function itself must be at fault.
         """
         if not same_step:
-            self._timeouts = 0
+            self._asked, self._late = 0, set()
+        self._asked += len(completions)
+        call = next(self._calls)
 
         def chunk(first: int) -> list[Score]:
             rows = range(first, min(first + self._scoring.chunk, len(completions)))
-            return self._score_rows(rows, prompts, completions, columns)
+            return self._score_rows(call, rows, prompts, completions, columns)
 
         parts = self._threads.map(chunk, range(0, len(completions), self._scoring.chunk))
         return [score for part in parts for score in part]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes, and with them the calls under way."""
+        for process in self._processes:
+            process.kill()
         self._threads.shutdown(cancel_futures=True)
         for process in self._processes:
             process.stop()
 
     def _score_rows(
         self,
+        call: int,
         rows: Sequence[int],
         prompts: Sequence[str],
         completions: Sequence[str],
         columns: Mapping[str, Sequence[object]],
     ) -> list[Score]:
         def ask(some: Sequence[int]) -> list[Score]:
-            call = {
+            question = {
                 "prompts": [prompts[i] for i in some],
                 "completions": [completions[i] for i in some],
                 "columns": {name: [values[i] for i in some] for name, values in columns.items()},
             }
-            return process.ask(call)
+            return process.ask(question)
 
         process = self._free.get()
         try:
             try:
                 scores = ask(rows)
             except ProcessFailure:
-                scores = [self._alone(ask, i) for i in rows]
+                scores = [self._alone(ask, call, i) for i in rows]
             for _ in range(self._scoring.retries):
-                scores = [score if score.value is not None else self._alone(ask, i) for i, score in zip(rows, scores)]
+                scores = [
+                    found if found.value is not None else self._alone(ask, call, i) for i, found in zip(rows, scores)
+                ]
             return scores
         finally:
             self._free.put(process)
 
-    def _alone(self, ask: Any, row: int) -> Score:
+    def _alone(self, ask: Callable[[Sequence[int]], list[Score]], call: int, row: int) -> Score:
         try:
             (score,) = ask([row])
         except ProcessFailure as failure:
-            self._timeouts += failure.timed_out
-            if self._timeouts > _GIVE_UP:
+            if failure.timed_out:
+                self._late.add((call, row))
+            share = _GIVE_UP_SHARE if self._scoring.on_failure == "drop" else 0.0
+            if len(self._late) > max(_GIVE_UP, share * self._asked):
                 raise WorkerError(
-                    f"reward {self._name!r} gave no score within {self._scoring.timeout:g} s for more than {_GIVE_UP} "
-                    "completions of one step; look at the function, or raise scoring.timeout"
+                    f"reward {self._name!r} gave no score within {self._scoring.timeout:g} s for {len(self._late)} "
+                    f"of {self._asked} completions of one step; look at the function, or raise scoring.timeout"
                 ) from failure
             return Score(value=None, error=failure.reason)
-        return score  # type: ignore[no-any-return]
+        return score
