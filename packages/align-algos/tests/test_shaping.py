@@ -98,8 +98,39 @@ def test_running_scale_follows_all_rewards_seen() -> None:
     assert_close(restored.scale(rewards), rewards / rewards.std(correction=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("value", "count"), [(0.1, 3), (0.7, 6), (-2.3, 5), (1 / 3, 7)])
+def test_running_scale_of_equal_rewards_leaves_them(dtype: torch.dtype, value: float, count: int) -> None:
+    """The mean of three times 0.1 in float64 is not 0.1; its spread of 1e-17 must not become a scale. Nor over batches.
+
+    One reward higher by 1 among n: std sqrt(n - 1) / n.
+    """
+    rewards = torch.full((count,), value, dtype=dtype)
+    scale = RunningScale()
+    for batch in (rewards, rewards[1:], rewards):
+        scale.update(batch)
+        assert scale.std == 0.0 and torch.equal(scale.scale(rewards), rewards)
+    restored = RunningScale()
+    restored.load_state_dict(scale.state_dict())
+    assert restored.std == 0.0
+    restored.update(rewards[:1] + 1)
+    total = 3 * count
+    assert abs(restored.std - math.sqrt(total - 1) / total) < 1e-6
+
+
+def test_running_scale_takes_a_state_without_the_extremes() -> None:
+    """Rewards 0 and 2, saved before extremes were kept: std 1; with a third, 4: sqrt(8 / 3)."""
+    scale = RunningScale()
+    scale.load_state_dict({"count": 2, "mean": 1.0, "square": 2.0})
+    assert scale.std == 1.0
+    scale.update(torch.tensor([4.0]))
+    assert_close(scale.std, math.sqrt(8 / 3))
+    scale.load_state_dict({"count": 0, "mean": 0.0, "square": 0.0})
+    assert scale.std == 0.0
+
+
 def test_running_scale_refuses_a_foreign_state() -> None:
-    with pytest.raises(InputError, match=r"keys \['coef'\]; expected \['count', 'mean', 'square'\]"):
+    with pytest.raises(InputError, match=r"keys \['coef'\]; expected \['count', 'highest', 'low"):
         RunningScale().load_state_dict({"coef": 1.0})
 
 

@@ -6,6 +6,7 @@ Legend: B sequences, N flat tokens.
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -134,6 +135,9 @@ def overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int) -> Tens
     return ((max_tokens - buffer - lengths_B.float()) / buffer).clamp(-1.0, 0.0)
 
 
+_STATE_KEYS = ("count", "mean", "square", "lowest", "highest")
+
+
 class RunningScale:
     """Divides rewards by the standard deviation of all rewards seen so far; its state belongs in the checkpoint.
 
@@ -146,11 +150,13 @@ class RunningScale:
 
     def __init__(self) -> None:
         self._count, self._mean, self._square = 0, 0.0, 0.0
+        self._lowest = self._highest = 0.0
 
     @property
     def std(self) -> float:
-        """Population standard deviation of the rewards seen; 0 before the first."""
-        return (self._square / self._count) ** 0.5 if self._count else 0.0
+        """Population standard deviation of the rewards seen; 0 before the first, and while all are equal."""
+        # (0.1 + 0.1 + 0.1) / 3 is not 0.1: the squares of equal rewards are not 0, and dividing by their root explodes.
+        return (self._square / self._count) ** 0.5 if self._lowest < self._highest else 0.0
 
     def update(self, rewards_B: Tensor) -> None:
         """Take a batch into account."""
@@ -158,6 +164,9 @@ class RunningScale:
         if rewards_B.numel() == 0:
             return
         rewards_B = rewards_B.detach().double()
+        lowest, highest = float(rewards_B.min()), float(rewards_B.max())
+        self._lowest = min(self._lowest, lowest) if self._count else lowest
+        self._highest = max(self._highest, highest) if self._count else highest
         count, mean = rewards_B.numel(), float(rewards_B.mean())
         total, shift = self._count + count, mean - self._mean
         self._square += float((rewards_B - mean).square().sum()) + shift**2 * self._count * count / total
@@ -172,18 +181,20 @@ class RunningScale:
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        return {"count": self._count, "mean": self._mean, "square": self._square}
+        values = (self._count, self._mean, self._square, self._lowest, self._highest)
+        return dict(zip(_STATE_KEYS, values, strict=True))
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore from `state_dict`."""
-        if set(state) != {"count", "mean", "square"}:
-            raise InputError(
-                f"the state of RunningScale has the keys {sorted(state)}; expected ['count', 'mean', 'square']"
-            )
-        for key in ("count", "square"):
-            check_number(key, state[key], low=0.0)
-        check_number("mean", state["mean"])
+        """Restore from `state_dict`. One of an earlier version, without the extremes, is taken too."""
+        if not {"count", "mean", "square"} <= set(state) <= set(_STATE_KEYS):
+            raise InputError(f"the state of RunningScale has the keys {sorted(state)}; expected {sorted(_STATE_KEYS)}")
+        for key, value in state.items():
+            check_number(key, value, low=0.0 if key in ("count", "square") else -math.inf)
         self._count, self._mean, self._square = int(state["count"]), float(state["mean"]), float(state["square"])
+        # Unknown extremes: apart where the spread says so, as it did before.
+        spread = (self._square / max(self._count, 1)) ** 0.5
+        self._lowest = float(state.get("lowest", self._mean - spread))
+        self._highest = float(state.get("highest", self._mean + spread))
 
 
 def _repetition(tokens: list[int], n: int) -> float:
