@@ -44,6 +44,16 @@ def test_fractional_labels_keep_their_order() -> None:
     assert_close(same.loss, output.loss)
 
 
+def test_labels_of_good_or_bad_are_one_and_zero() -> None:
+    group = torch.tensor([0, 0])
+    for first, second in ((True, False), (False, True)):
+        labels = torch.tensor([first, second])
+        assert count_pairs(labels, group) == 1
+        columns = (torch.tensor([1.0, 0.0]), labels, group)
+        output = reward_loss(*columns, num_pairs=1, margin_scale=0.5)
+        assert_close(output, reward_loss(columns[0], labels.float(), group, num_pairs=1, margin_scale=0.5))
+
+
 def test_all_tied_and_groups_of_one_give_exactly_zero() -> None:
     scores = torch.tensor([3.0, 1.0, 2.0], requires_grad=True)
     output = reward_loss(scores, torch.zeros(3), torch.tensor([0, 0, 1]), num_pairs=0)

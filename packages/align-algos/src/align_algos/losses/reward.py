@@ -30,7 +30,8 @@ def reward_loss(
 
     Args:
         scores_B: floating [B], the model's score of each response.
-        labels_B: [B], the annotated quality; fractions are fine. Without a margin only their order in a group matters.
+        labels_B: floating, integer or bool [B], the annotated quality. Without a margin only their order in a group
+            matters.
         group_B: integer [B], the prompt of each response. All responses of a prompt belong in one micro-batch.
         num_pairs: ordered pairs in the global batch, from `count_pairs`.
         margin_scale: how much score a difference of one label should make at least; 0 for none.
@@ -45,7 +46,7 @@ def reward_loss(
     check_number("margin_scale", margin_scale, low=0.0)
     check_number("centre_coef", centre_coef, low=0.0)
     check_columns("sequence", scores_B.numel(), scores_B=scores_B)
-    _check_labels(labels_B, group_B, scores_B.numel())
+    labels_B = _checked_labels(labels_B, group_B, scores_B.numel())
     same_BB = group_B[:, None] == group_B[None, :]
     better, worse = torch.nonzero(same_BB & (labels_B[:, None] > labels_B[None, :]), as_tuple=True)
     divisor = check_count("num_pairs", num_pairs, local=better.shape[0])
@@ -62,13 +63,16 @@ def count_pairs(labels_B: Tensor, group_B: Tensor) -> int:
 
     Pairs of a group of n are n(n-1)/2, less m(m-1)/2 for every m responses that share a label.
     """
-    _check_labels(labels_B, group_B, labels_B.numel())
+    labels_B = _checked_labels(labels_B, group_B, labels_B.numel())
     _, group_sizes = torch.unique(group_B, return_counts=True)
     _, labels_B = torch.unique(labels_B, return_inverse=True)
     _, tie_sizes = torch.unique(torch.stack([group_B.long(), labels_B], dim=1), dim=0, return_counts=True)
     return int((group_sizes * (group_sizes - 1)).sum() - (tie_sizes * (tie_sizes - 1)).sum()) // 2
 
 
-def _check_labels(labels_B: Tensor, group_B: Tensor, length: int) -> None:
-    check_columns("sequence", length, labels_B=labels_B if labels_B.is_floating_point() else labels_B.double())
+def _checked_labels(labels_B: Tensor, group_B: Tensor, length: int) -> Tensor:
+    """The labels as floating point numbers, which can be subtracted, unlike bool."""
+    labels_B = labels_B if labels_B.is_floating_point() else labels_B.double()
+    check_columns("sequence", length, labels_B=labels_B)
     check_groups(group_B, length)
+    return labels_B
