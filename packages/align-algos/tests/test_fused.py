@@ -189,6 +189,28 @@ def test_an_entropy_that_is_not_used_changes_nothing() -> None:
         assert torch.equal(found, truth)
 
 
+@pytest.mark.parametrize("keep", [0, 1 << 30])
+def test_autocast_changes_nothing(keep: int) -> None:
+    """float32 inputs under autocast to bfloat16: same values and gradients, whether backward runs under it or not."""
+    case = make_case(torch.float32)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        output = fused_logprobs(case.hidden, case.weight, case.targets, entropy=True, keep_bytes=keep)
+        assert output.entropy_N is not None
+        loss, _ = fused_cross_entropy(case.hidden, case.weight, case.targets, torch.ones(TOKENS))
+        return output.logprobs_N.sum() + output.entropy_N.sum(), loss
+
+    truth = [(loss, gradients(loss, case)) for loss in losses()]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = [(loss, gradients(loss, case)) for loss in losses()]
+        started = losses()
+    outside = [(loss, gradients(loss, case)) for loss in started]
+    for (loss, expected_gradients), *others in zip(truth, inside, outside):
+        for other, found in others:
+            assert torch.equal(other, loss)
+            assert all(torch.equal(x, y) for x, y in zip(found, expected_gradients))
+
+
 def test_no_tokens() -> None:
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)

@@ -14,6 +14,7 @@ Legend: N flat tokens, H hidden, V rows of the output matrix on this rank, C col
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ def fused_logprobs(
 ) -> FusedOutput:
     """log softmax(hidden @ weight^T / temperature) at the target, per row, without ever holding the logits.
 
-    Logits have the dtype of the inputs, as those of a linear layer; sums over them are in float32. Under a group every
+    Logits have the dtype of the inputs, also under autocast; sums over them are in float32. Under a group every
     rank gives the same hidden states and gets the same result and the same (summed) gradient of them; its gradient of
     `weight_VH` is that of its own rows.
 
@@ -114,13 +115,14 @@ class _FusedLogprobs(torch.autograd.Function):
         column_N = targets_N.long() - setting.part.first
         statistics = empty_statistics(len(column_N), like=hidden_NH, entropy=setting.entropy)
         kept: list[Tensor] = []
-        # Those that stay come last: while others pass, nothing is held.
-        for block in (*setting.again, *setting.kept):
-            logits_NC = hidden_NH @ weight_VH[block].T
-            take_block(logits_NC, column_N - block.start, statistics, temperature=setting.part.temperature)
-            if block in setting.kept and setting.hold:
-                kept.append(logits_NC)
-            del logits_NC
+        with without_autocast(hidden_NH):
+            # Those that stay come last: while others pass, nothing is held.
+            for block in (*setting.again, *setting.kept):
+                logits_NC = hidden_NH @ weight_VH[block].T
+                take_block(logits_NC, column_N - block.start, statistics, temperature=setting.part.temperature)
+                if block in setting.kept and setting.hold:
+                    kept.append(logits_NC)
+                del logits_NC
         softmax = merge(statistics, setting.part.group, name=LOGITS)
         ctx.save_for_backward(hidden_NH, weight_VH, column_N, softmax.top_N, softmax.log_mass_N, softmax.entropy_N)
         ctx.setting, ctx.kept = setting, kept
@@ -139,16 +141,22 @@ class _FusedLogprobs(torch.autograd.Function):
             weight_grad_VH = torch.empty_like(weight_VH)
             weight_grad_VH[setting.part.columns :] = 0.0  # padding of the vocabulary
         kept: list[Tensor] = ctx.kept
-        for block in (*setting.kept, *setting.again):
-            logits_NC = kept.pop(0) if kept else hidden_NH @ weight_VH[block].T
-            to_gradient(logits_NC, column_N - block.start, rows, temperature=setting.part.temperature)
-            if weight_grad_VH is not None:
-                torch.mm(logits_NC.T, hidden_NH, out=weight_grad_VH[block])
-            if hidden_grad is not None:
-                hidden_grad.add(logits_NC, weight_VH[block])
-            del logits_NC
+        with without_autocast(hidden_NH):
+            for block in (*setting.kept, *setting.again):
+                logits_NC = kept.pop(0) if kept else hidden_NH @ weight_VH[block].T
+                to_gradient(logits_NC, column_N - block.start, rows, temperature=setting.part.temperature)
+                if weight_grad_VH is not None:
+                    torch.mm(logits_NC.T, hidden_NH, out=weight_grad_VH[block])
+                if hidden_grad is not None:
+                    hidden_grad.add(logits_NC, weight_VH[block])
+                del logits_NC
         hidden_grad_NH = None if hidden_grad is None else hidden_grad.result(setting.part.group)
         return hidden_grad_NH, weight_grad_VH, None, None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products have the dtype of their factors, as the buffers that take them have; autocast would narrow them."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 class ProductSum:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from align_algos.checks import check_columns, check_offsets
-from align_algos.fused import LOGITS, FusedOutput, ProductSum, check_linear
+from align_algos.fused import LOGITS, FusedOutput, ProductSum, check_linear, without_autocast
 from align_algos.losses.output import LossOutput
 from align_algos.softmax_blocks import RowGradient, empty_statistics, merge, take_block, to_gradient
 from align_algos.vocabulary import VocabularySlice, check_rows
@@ -88,7 +88,7 @@ def fused_loss(
         hidden_grad_NH=torch.empty_like(hidden_NH) if grad and hidden_NH.requires_grad else None,
         weight_grad=ProductSum(weight_VH[: part.columns], sum_dtype) if grad and weight_VH.requires_grad else None,
     )
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(hidden_NH):
         outputs = [_piece(sums, hidden_NH, weight_VH, loss, rows=piece, entropy=entropy) for piece in pieces]
         total, metrics = sum_outputs(outputs)
         gradients = sums.gradients(weight_VH)
