@@ -44,6 +44,23 @@ def test_what_a_model_says_is_no_markup(make_config: Callable[..., Any]) -> None
     assert page.count("&lt;script&gt;alert") == 3
 
 
+def test_completion_that_could_not_be_scored_is_shown_with_the_reason(make_config: Callable[..., Any]) -> None:
+    config = make_config("online-dpo")
+    run = Run(config)
+    run.log(0, {"reward": 1.0})
+    row = {
+        "prompt": "p",
+        "reply": "r",
+        "reward": None,
+        "extracted": "",
+        "error": "no <number>",
+        "finish_reason": "stop",
+    }
+    run.samples(0, [row])
+    page = write_page(config.out).read_text(encoding="utf-8")
+    assert ">failed</td>\n<td>no &lt;number&gt;</td>" in page
+
+
 def test_page_of_a_run_under_way_by_command(make_config: Callable[..., Any]) -> None:
     config = make_config("sft")
     Run(config).log(0, {"loss": 1.0})

@@ -16,6 +16,7 @@ from align_core.data.records import PromptRecord
 from align_core.errors import ConfigError, DataError
 from align_core.stages.rewards import Rewards
 from align_core.stages.rollout import Question, Rollout, assemble
+from align_core.stages.seeing import sample_rows
 from align_core.text import Tokenizer, load_tokenizer
 from align_core.types import Completion, Prompt, Score
 
@@ -106,22 +107,35 @@ def test_score_that_failed_stops_with_reward_reason_reply_and_prompt(
     rewards_of: Callable[..., Rewards], tokenizer: Tokenizer
 ) -> None:
     rewards = rewards_of(lambda prompts, texts, columns: [Score(value=1.0), Score(value=None, error="no number")])
-    expected = r"reward 'mine' could not score a reply: no number; the reply is '3 is', the prompt 'so\?'"
+    expected = (
+        r"reward 'mine' could not score a reply: no number; the reply is '3 is', the prompt 'so\?'; "
+        "--scoring.on_failure drop leaves such completions out"
+    )
     with pytest.raises(DataError, match=expected):
         rewards.score(rollout(tokenizer, "2", "3 is"))
 
 
 @pytest.mark.parametrize("answer", [None, float("nan"), "7", Score(value=None, error="no number")])
 def test_score_that_failed_is_left_out_and_counted_where_the_config_says_so(
-    rewards_of: Callable[..., Rewards], tokenizer: Tokenizer, answer: object
+    rewards_of: Callable[..., Rewards], tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture, answer: object
 ) -> None:
-    """Never a 0: the completion is no longer in the rollout."""
+    """Never a 0: the completion is no longer in the rollout. The log and the samples say why."""
     drop = ScoringConfig(workers=0, on_failure="drop")
     scored = rewards_of(lambda prompts, texts, columns: [answer, 3.0], scoring=drop).score(rollout(tokenizer, "2", "4"))
     assert scored.rewards.tolist() == [3.0]
-    assert scored.failed == 1
+    assert len(scored.failures) == 1
     assert [c.prompt_id for c in scored.rollout.completions] == [1]
     assert scored.rollout.batch.sequence_column("group").tolist() == [1]
+    (failure,) = scored.failures
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert failure.reason.startswith("reward 'mine' could not score a reply: ")
+    assert warning.startswith(
+        f"1 of 2 completions could not be scored and are left out; {failure.reason}; the reply is '2'"
+    )
+    kept, failed = sample_rows(scored, tokenizer, count=4)
+    assert (kept["reply"], kept["reward"], kept["error"]) == ("4", 3.0, "")
+    assert (failed["reply"], failed["reward"], failed["error"]) == ("2", None, failure.reason)
+    assert list(kept) == list(failed), "one table shows both"
 
 
 def test_nothing_left_stops_even_when_failures_are_dropped(
@@ -129,7 +143,7 @@ def test_nothing_left_stops_even_when_failures_are_dropped(
 ) -> None:
     drop = ScoringConfig(workers=0, on_failure="drop")
     rewards = rewards_of(lambda prompts, texts, columns: [None, None], scoring=drop)
-    with pytest.raises(DataError, match="the function returned None"):
+    with pytest.raises(DataError, match=r"none of 2 completions could be scored; .*returned None"):
         rewards.score(rollout(tokenizer, "2", "4"))
 
 
@@ -228,7 +242,7 @@ def test_completions_are_scored_ahead_once_and_the_rest_when_it_is_asked_for(
             time.sleep(0.01)
         assert asked.read_text().split() == ["4", "5"], "scored before anybody asks for the score"
         scored = rewards.score(both)
-        assert scored.rewards.tolist() == [2.0] and scored.failed == 1
+        assert scored.rewards.tolist() == [2.0] and len(scored.failures) == 1
         assert asked.read_text().splitlines() == ["4 5", "22"]
-        assert rewards.score(both).failed == 1
+        assert len(rewards.score(both).failures) == 1
         assert asked.read_text().splitlines() == ["4 5", "22", "22", "4 5"], "a score is handed out once"

@@ -83,8 +83,8 @@ class Collector:
         rollout = collect(engine, self._held_out, sampling=greedy_sampling(self._config), version=version)
         scored = self._rewards.evaluate(rollout)
         figures = {"eval_reward": float(scored.rewards.mean()), **part_means(scored, "eval_reward")}
-        if scored.failed:
-            figures["eval_failed_scores"] = scored.failed / len(self._held_out)
+        if scored.failures:
+            figures["eval_failed_scores"] = len(scored.failures) / len(self._held_out)
         return figures | further
 
 

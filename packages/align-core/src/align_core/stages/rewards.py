@@ -3,6 +3,7 @@
 A reward model runs beside the policy; functions run in processes of their own (`align_core.rewards.pool`).
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,13 +17,24 @@ from align_core.data.records import Content
 from align_core.errors import ConfigError, DataError
 from align_core.rewards.pool import RewardPool
 from align_core.rewards.sources import Weighted, check_name, parse_rewards, resolve, scores_of
-from align_core.stages.rollout import Rollout
+from align_core.stages.rollout import Question, Rollout
 from align_core.stages.world import World
 from align_core.text import Tokenizer, load_tokenizer
-from align_core.types import Score
+from align_core.types import Completion, Score
+
+logger = logging.getLogger(__name__)
 
 Source = Callable[[Rollout], Sequence[Score]]
 """One score or reason a completion."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """A completion that could not be scored."""
+
+    question: Question
+    completion: Completion
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +48,7 @@ class Scored:
     """Each reward alone, unweighted, float32 [B]."""
     extracted: Sequence[str]
     """What the rewards read out of each reply."""
-    failed: int
+    failures: Sequence[Failure]
     """Completions left out because they could not be scored."""
 
 
@@ -123,11 +135,13 @@ class Rewards:
         count = len(rollout.completions)
         reasons = [_reasons(scores, i) for i in range(count)]
         kept = np.asarray([i for i in range(count) if not reasons[i]], dtype=np.int64)
-        failed = next((i for i in range(count) if reasons[i]), None)
-        if failed is not None and (self._config.scoring.on_failure == "stop" or len(kept) == 0):
-            (text,) = _replies(rollout.select(np.asarray([failed])), self._tokenizer)
-            prompt = _words(rollout.questions[failed].record.prompt)
-            raise DataError(f"{reasons[failed]}; the reply is {text!r}, the prompt {prompt!r}")
+        failures = [
+            Failure(question=question, completion=completion, reason=reason)
+            for question, completion, reason in zip(rollout.questions, rollout.completions, reasons)
+            if reason
+        ]
+        if failures:
+            self._complain(failures, count)
         values = {name: np.asarray([found[i].value for i in kept], dtype=np.float32) for name, found in scores.items()}
         total = sum((np.float32(part.weight) * values[part.name] for part in parts), np.zeros(len(kept), np.float32))
         return Scored(
@@ -135,8 +149,19 @@ class Rewards:
             rewards=np.asarray(total, dtype=np.float32),
             parts=values,
             extracted=[_extracted(scores, i) for i in kept],
-            failed=count - len(kept),
+            failures=failures,
         )
+
+    def _complain(self, failures: Sequence[Failure], count: int) -> None:
+        """Says which of `count` completions could not be scored, and why; raises DataError unless others are left."""
+        first = failures[0]
+        reply, prompt = self._tokenizer.decode(first.completion.tokens), _words(first.question.record.prompt)
+        said = f"{first.reason}; the reply is {reply!r}, the prompt {prompt!r}"
+        if self._config.scoring.on_failure == "stop":
+            raise DataError(f"{said}; --scoring.on_failure drop leaves such completions out")
+        if len(failures) == count:
+            raise DataError(f"none of {count} completions could be scored; the first: {said}")
+        logger.warning("%d of %d completions could not be scored and are left out; %s", len(failures), count, said)
 
 
 def _reward_model(config: PolicyConfig, world: World, tokenizer: Tokenizer) -> Source:

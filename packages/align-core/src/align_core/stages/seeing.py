@@ -7,8 +7,10 @@ import numpy as np
 from align_core.config import PolicyConfig
 from align_core.stages.clock import Clock
 from align_core.stages.rewards import Scored
+from align_core.stages.rollout import Question
 from align_core.stages.run import Run
 from align_core.text import Tokenizer
+from align_core.types import Completion
 
 
 class Reporter:
@@ -36,7 +38,7 @@ def describe(scored: Scored) -> dict[str, float]:
         "length": float(lengths.mean()),
         "length_max": float(lengths.max()),
         "truncated": float(np.mean([c.finish_reason == "length" for c in completions])),
-        "failed_scores": scored.failed / (scored.failed + len(completions)),
+        "failed_scores": len(scored.failures) / (len(scored.failures) + len(completions)),
     }
     return figures | part_means(scored, "reward")
 
@@ -60,20 +62,31 @@ def rates(scored: Scored, seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def sample_rows(scored: Scored, tokenizer: Tokenizer, *, count: int) -> list[dict[str, object]]:
-    """Some completions of a step, spread over its groups, with what a person needs to judge their rewards."""
+    """Some completions of a step, spread over its groups, with what a person needs to judge their rewards; after them
+    up to `count` of those that could not be scored, with the reason."""
     rows = []
     for i in np.unique(np.linspace(0, len(scored.rewards) - 1, num=count).astype(int)) if count else []:
-        completion = scored.rollout.completions[i]
-        rows.append(
-            {
-                "prompt": tokenizer.decode(scored.rollout.questions[i].prompt.tokens),
-                "reply": tokenizer.decode(completion.tokens),
-                "reward": float(scored.rewards[i]),
-                "parts": {name: float(values[i]) for name, values in scored.parts.items()},
-                "extracted": scored.extracted[i],
-                "finish_reason": completion.finish_reason,
-                "tokens": len(completion.tokens),
-                "version": completion.version,
-            }
-        )
+        scores = {
+            "reward": float(scored.rewards[i]),
+            "parts": {name: float(values[i]) for name, values in scored.parts.items()},
+            "extracted": scored.extracted[i],
+            "error": "",
+        }
+        rows.append(_row(scored.rollout.questions[i], scored.rollout.completions[i], scores, tokenizer))
+    for failure in scored.failures[:count]:
+        scores = {"reward": None, "parts": {}, "extracted": "", "error": failure.reason}
+        rows.append(_row(failure.question, failure.completion, scores, tokenizer))
     return rows
+
+
+def _row(
+    question: Question, completion: Completion, scores: Mapping[str, object], tokenizer: Tokenizer
+) -> dict[str, object]:
+    return {
+        "prompt": tokenizer.decode(question.prompt.tokens),
+        "reply": tokenizer.decode(completion.tokens),
+        **scores,
+        "finish_reason": completion.finish_reason,
+        "tokens": len(completion.tokens),
+        "version": completion.version,
+    }
