@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align_core.config import OnlineDpoConfig, OnlineDpoLoss, OptimizerConfig, SamplingConfig
+from align_core.config import CorrectionConfig, OnlineDpoConfig, OnlineDpoLoss, OptimizerConfig, SamplingConfig
 from align_core.errors import ConfigError
 from align_core.stages.online_dpo import run_online_dpo
 from align_core.stages.run import read_lines, read_metrics
@@ -51,6 +51,18 @@ def test_samples_are_written_for_people(
         assert row["prompt"].startswith("\n\nHuman: What is ")
         assert row["reward"] == row["parts"]["length"] == len(row["reply"])
         assert row["finish_reason"] in ("stop", "length")
+
+
+def test_the_distance_of_engine_and_trainer_is_shown_and_cannot_be_corrected(
+    make_config: Callable[..., OnlineDpoConfig], fake_world: Callable[..., Any]
+) -> None:
+    config = make_config("online-dpo", steps=2)
+    run_online_dpo(config, fake_world())
+    for line in read_metrics(config.out):
+        assert line["mismatch_abs"] == pytest.approx(line["canary_mean"], abs=1e-9)
+        assert abs(line["mismatch_kl"]) < 1e-4
+    with pytest.raises(ConfigError, match="correction 'truncated' weighs ratios to old log-probs"):
+        make_config("online-dpo", correction=CorrectionConfig(method="truncated"))
 
 
 def test_one_completion_makes_no_pair(make_config: Callable[..., Any]) -> None:

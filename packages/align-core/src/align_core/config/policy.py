@@ -90,9 +90,10 @@ class PolicyConfig(StageConfig):
     """Largest mean |log-prob difference| between engine and trainer on the same tokens, nats, before the run stops."""
     old_logprobs: Literal["trainer", "fused", "engine"] = "trainer"
     """Log-probs that ratios are taken to: scored by the trainer before the update; by the update's own forward pass,
-    which saves that of scoring and is exact for one update a rollout; or the engine's (then correct nothing)."""
+    which saves that of scoring and is exact for one update a rollout; or the engine's, which compares nothing, so that
+    no `canary_threshold` stops the run."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """What is done about the difference between engine and trainer; it is always measured."""
+    """What is done about the difference between engine and trainer, which `old_logprobs: trainer` measures."""
     sft_data: Path | None = None
     """Demonstrations mixed into every update (the PPO-ptx of InstructGPT); with `sft_coef`."""
     sft_coef: float = 0.0

@@ -39,6 +39,11 @@ class OnlineDpoConfig(PolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_group(self)
+        if self.correction.method != "none":
+            raise ConfigError(
+                f"correction {self.correction.method!r} weighs ratios to old log-probs, which online DPO's loss has "
+                "not; leave correction.method at 'none', or use grpo"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

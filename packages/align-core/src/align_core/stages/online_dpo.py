@@ -10,7 +10,7 @@ from functools import partial
 from align_core.config import OnlineDpoConfig, TrainerConfig
 from align_core.stages.clock import Clock
 from align_core.stages.collect import Collector
-from align_core.stages.prepare import check_fused_canary, open_demonstrations, update, with_logprobs
+from align_core.stages.prepare import check_fused_canary, corrected, open_demonstrations, update, with_logprobs
 from align_core.stages.rewards import Rewards
 from align_core.stages.rollout import Prompts
 from align_core.stages.run import Run
@@ -35,9 +35,10 @@ def run_online_dpo(config: OnlineDpoConfig, world: World) -> None:
             scored, evaluated = collector.collect(step, policy, clock)
             batch, canary = with_logprobs(scored, policy, reference, config, version=step)
             clock.lap("logprobs")
+            batch, mismatch = corrected(batch, config)
             metrics = update(policy, batch, config.loss, config, step=step, demonstrations=demonstrations)
             clock.lap("train")
-            reporter.step(step, scored, clock, {**evaluated, **metrics, **canary})
+            reporter.step(step, scored, clock, {**evaluated, **metrics, **canary, **mismatch})
             check_fused_canary(metrics, scored, config, version=step)
         result = {"records": len(prompts.records), "reward_function": config.reward}
         run.finish(policy, result, evaluate=partial(collector.evaluate_finished, policy))
