@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align_core.cli import main
-from align_core.config import ParallelConfig
+from align_core.config import ParallelConfig, SamplingConfig
 from align_core.errors import AlignError
 from align_core.model_shape import read_model_shape
 from align_core.stages.dry_run import plan_lines
@@ -51,6 +51,13 @@ def test_plan_says_what_the_stage_would_say(make_config: Callable[..., Any], tmp
     ):
         with pytest.raises(AlignError, match=message):
             plan_lines(make_config("sft", **changes))
+
+
+def test_sampling_that_biases_training_is_told(make_config: Callable[..., Any]) -> None:
+    for sampling in (SamplingConfig(n=3, max_tokens=5, temperature=0.6), SamplingConfig(n=3, max_tokens=5, top_p=0.9)):
+        plan = dict(plan_lines(make_config("grpo", sampling=sampling)))
+        assert f"temperature {sampling.temperature:g} and sampling.top_p {sampling.top_p:g}" in plan["warning"]
+    assert "warning" not in dict(plan_lines(make_config("grpo")))
 
 
 def test_reference_beside_the_model_is_counted(make_config: Callable[..., Any]) -> None:

@@ -138,6 +138,17 @@ class PolicyConfig(StageConfig):
             raise ConfigError("sft_data and sft_coef go together: demonstrations and their weight; set both or none")
 
     @property
+    def sampling_bias(self) -> str:
+        """What is wrong with learning from completions that are sampled like this; empty where nothing is."""
+        if self.sampling.temperature == 1 and self.sampling.top_p == 1:
+            return ""
+        return (
+            f"sampling.temperature {self.sampling.temperature:g} and sampling.top_p {self.sampling.top_p:g} do not "
+            "sample from the distribution that is trained, which biases gradients and the KL; set both to 1 unless you "
+            "know why (evaluations are greedy in any case)"
+        )
+
+    @property
     def uses_reward_model(self) -> bool:
         """Whether a reward of training or evaluation is the reward model's."""
         words = f"{self.reward},{self.eval_reward}".split(",")

@@ -8,6 +8,7 @@ from align_core.config import (
     DpoConfig,
     KtoConfig,
     OfflineConfig,
+    PolicyConfig,
     RewardConfig,
     SftConfig,
     StageConfig,
@@ -43,6 +44,7 @@ def plan_lines(config: StageConfig) -> list[Line]:
     return [
         *_model_lines(config, shape),
         *_data_lines(config),
+        *([("warning", config.sampling_bias)] if isinstance(config, PolicyConfig) and config.sampling_bias else []),
         *_memory_lines(config),
         *_file_lines(config, shape),
     ]

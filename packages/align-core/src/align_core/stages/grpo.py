@@ -14,10 +14,10 @@ import numpy as np
 from align_core.config import GrpoConfig, TrainerConfig
 from align_core.stages.clock import Clock
 from align_core.stages.collect import Collector
+from align_core.stages.online import open_run
 from align_core.stages.prepare import check_fused_canary, corrected, open_demonstrations, update, with_logprobs
 from align_core.stages.rewards import Rewards
 from align_core.stages.rollout import Prompts
-from align_core.stages.run import Run
 from align_core.stages.seeing import Reporter
 from align_core.stages.world import World
 from align_core.types import Batch
@@ -27,7 +27,7 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
     """Trains `config.model` on the prompts in `config.data`; the result is a Megatron checkpoint in OUT/model."""
     prompts = Prompts(config)
     demonstrations = open_demonstrations(config, prompts.tokenizer)
-    run = Run(config, data=prompts.data)
+    run = open_run(config, prompts, demonstrations)
     if run.finished:
         return
     loss = replace(config.loss, length=config.loss.length or config.sampling.max_tokens)

@@ -10,10 +10,10 @@ from functools import partial
 from align_core.config import OnlineDpoConfig, TrainerConfig
 from align_core.stages.clock import Clock
 from align_core.stages.collect import Collector
+from align_core.stages.online import open_run
 from align_core.stages.prepare import check_fused_canary, corrected, open_demonstrations, update, with_logprobs
 from align_core.stages.rewards import Rewards
 from align_core.stages.rollout import Prompts
-from align_core.stages.run import Run
 from align_core.stages.seeing import Reporter
 from align_core.stages.world import World
 
@@ -22,7 +22,7 @@ def run_online_dpo(config: OnlineDpoConfig, world: World) -> None:
     """Trains `config.model` on the prompts in `config.data`; the result is a Megatron checkpoint in OUT/model."""
     prompts = Prompts(config)
     demonstrations = open_demonstrations(config, prompts.tokenizer)
-    run = Run(config, data=prompts.data)
+    run = open_run(config, prompts, demonstrations)
     if run.finished:
         return
     with closing(Rewards(config, world, prompts.tokenizer)) as rewards:

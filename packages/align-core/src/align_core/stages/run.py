@@ -1,7 +1,7 @@
 """The output directory of one stage: where it resumes, what it logs, when it saves, how it ends.
 
 OUT/config.yaml             the settings, resolved
-OUT/data.json               the run's id, and size and hash of each data file
+OUT/data.json               the run's id, size and hash of each data file, and the hash of each file with a reward
 OUT/metrics.jsonl           one line a step
 OUT/tensorboard/ ...        what trackers write
 OUT/samples.jsonl           some completions of each step, of the stages that sample
@@ -16,6 +16,7 @@ OUT/report.html             curves, times, samples (with align-core[tutorial]); 
 OUT/result.json             written last: the stage is finished
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -71,11 +72,14 @@ class Fingerprinted(Protocol):
 class Run:
     """One stage's run in its directory."""
 
-    def __init__(self, config: StageConfig, *, data: Mapping[str, Fingerprinted] | None = None) -> None:
+    def __init__(
+        self, config: StageConfig, *, data: Mapping[str, Fingerprinted] | None = None, code: Sequence[Path] = ()
+    ) -> None:
         """Opens the directory.
 
         Args:
             data: the setting's name and its data set; a continued run must find the same ones.
+            code: files of the user's that the run calls; a continued run says which of them are others now.
 
         Raises:
             ConfigError: the directory holds a run with other settings, or a tracker is not there.
@@ -91,7 +95,10 @@ class Run:
         self._until_finished = ExitStack()
         """What stays in force between the last step and the end of `finish`."""
         self._check_settings()
-        self._id = self._check_data({name: found.fingerprint() for name, found in (data or {}).items()})
+        self._id = self._check_data(
+            {name: found.fingerprint() for name, found in (data or {}).items()},
+            {str(path): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in code},
+        )
 
     @property
     def finished(self) -> bool:
@@ -203,8 +210,8 @@ class Run:
             first_step=first_step,
         )
 
-    def _check_data(self, now: Mapping[str, list[Mapping[str, object]]]) -> str:
-        """Compares the data with what the run began with; returns the run's id."""
+    def _check_data(self, now: Mapping[str, list[Mapping[str, object]]], code: Mapping[str, str]) -> str:
+        """Compares the data and the hash of each file of code with what the run began with; returns the run's id."""
         path = self.out / "data.json"
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         begun = bool(before) and (self.finished or bool(_checkpoints(self.out)))
@@ -216,11 +223,16 @@ class Run:
                     "restore the file to continue, or choose another --out"
                 )
         if before and begun:
+            for file, found in code.items():
+                if before.get("code", {}).get(file, found) != found:
+                    logger.warning(
+                        "%s has changed since the run in %s began; it goes on with the new one", file, self.out
+                    )
             return str(before["id"])
         if before.get("data", now) != now:  # no step was saved; what was computed belongs to the other data
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         identity = uuid.uuid4().hex
-        write_json(path, {"id": identity, "data": now})
+        write_json(path, {"id": identity, "data": now, "code": code})
         return identity
 
     def _check_settings(self) -> None:
