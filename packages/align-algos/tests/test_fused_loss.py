@@ -14,6 +14,7 @@ from align_algos import (
     LossOutput,
     dpo_loss,
     entropy_loss,
+    fused_cross_entropy,
     fused_logprobs,
     fused_loss,
     grpo_loss,
@@ -148,6 +149,27 @@ def test_a_loss_that_ignores_its_rows_gives_zero_gradient() -> None:
     assert empty.loss == 0.0 and empty.metrics["nll"] == 0.0
     (gradient,) = torch.autograd.grad(empty.loss, model.weight)
     assert not gradient.any()
+
+
+def test_float16_is_refused_where_a_gradient_is_wanted() -> None:
+    """Loss scaling of 2^15 over weights of 1/32768: the gradients of 1e-5 and less must not be rounded at scale 1.
+
+    `fused_logprobs`, to which the error points, gets the scale with the gradient.
+    """
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = ((torch.randn(n, 16, generator=random) / 4).half().requires_grad_() for n in (64, 1000))
+    targets, weights = torch.randint(0, 1000, (64,), generator=random), torch.full((64,), 2.0**-15)
+    with pytest.raises(InputError, match=r"torch.float16, in which gradients vanish .* use fused_logprobs"):
+        fused_cross_entropy(hidden, weight, targets, weights)
+    with torch.no_grad():
+        _, logprobs = fused_cross_entropy(hidden, weight, targets, weights)
+    scored = fused_logprobs(hidden, weight, targets).logprobs_N
+    assert_close(scored.detach(), logprobs)
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    truth = fused_logprobs(wide[0], wide[1], targets).logprobs_N
+    found = torch.autograd.grad(2.0**15 * (scored @ weights), (hidden, weight))
+    for gradient, expected in zip(found, torch.autograd.grad(2.0**15 * (truth @ weights.double()), wide)):
+        assert (gradient.double() - expected).norm() < 2e-3 * expected.norm()
 
 
 def test_cuts_that_do_not_fit_are_refused() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from align_algos.checks import check_columns, check_offsets
+from align_algos.errors import InputError
 from align_algos.fused import LOGITS, FusedOutput, ProductSum, check_linear, without_autocast
 from align_algos.losses.output import LossOutput
 from align_algos.softmax_blocks import RowGradient, empty_statistics, merge, take_block, to_gradient
@@ -26,6 +27,10 @@ from align_algos.vocabulary import VocabularySlice, check_rows
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_FLOAT16 = (
+    "hidden_NH has dtype torch.float16, in which gradients vanish unless the loss is scaled, and here they are "
+    "computed before a scale is known; use fused_logprobs and a loss of its log-probs, or torch.bfloat16"
+)
 PieceLoss = Callable[[FusedOutput, slice], LossOutput]
 """(log-probs and entropy of some rows, which rows) to their share of loss and metrics."""
 
@@ -70,16 +75,19 @@ def fused_loss(
             matrix's gradient, which is there anyway; smaller pieces make adding to that sum a large part of the time.
         sum_dtype: in which the pieces' shares of the output matrix's gradient are added up, if it is not narrower than
             the inputs'. bfloat16 is some per cent faster, takes no memory of its own, and rounds after each piece.
-        Others and Raises: as in `fused_logprobs`.
+        Others and Raises: as in `fused_logprobs`; float16 inputs that want a gradient are refused too, since they need
+            a scaled loss, whose scale comes too late here.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
+    grad = torch.is_grad_enabled()
+    if grad and hidden_NH.dtype == torch.float16 and (hidden_NH.requires_grad or weight_VH.requires_grad):
+        raise InputError(_FLOAT16)
     # From the columns held, padding included, which all ranks have alike: they must cut the batch alike.
     if block_bytes is None:
         block_bytes = 4 * weight_VH.numel()
     rows = max(1, block_bytes // max(1, len(weight_VH) * hidden_NH.element_size()))
     rows = rows // 256 * 256 if rows >= 256 else rows
     pieces = _pieces(len(targets_N), rows, cuts)
-    grad = torch.is_grad_enabled()
     sums = _Sums(
         column_N=targets_N.long() - part.first,
         part=part,
