@@ -78,6 +78,21 @@ def test_simpo_by_hand() -> None:
     assert_close(output.metrics["margin"], torch.tensor(6.0))
 
 
+@pytest.mark.parametrize("empty", ["chosen", "rejected", "both"])
+def test_a_pair_with_an_empty_response_is_nothing_without_a_reference(empty: str) -> None:
+    """Beside a whole pair it adds 0 to loss, gradient and metrics; an empty response is not a certain one."""
+    keep = torch.tensor([False, empty == "rejected", empty == "rejected", False, empty == "chosen"])
+    twice = torch.cat([POLICY, POLICY])
+    columns = (torch.cat([MASK, MASK & keep]), torch.tensor([0, 3, 5, 8, 10]))
+    alone = (POLICY, MASK, OFFSETS)
+    for loss, numbers in ((simpo_loss, {"beta": 2.0, "margin": 1.0}), (orpo_loss, {"beta": 0.1})):
+        logprobs = twice.clone().requires_grad_()
+        output = loss(logprobs, *columns, num_pairs=2, **numbers)
+        assert_close(output, loss(*alone, num_pairs=2, **numbers))
+        (gradient,) = torch.autograd.grad(output.loss, logprobs)
+        assert gradient[:5].any() and not gradient[5:].any()
+
+
 def orpo_logprobs(chosen: float, rejected: float) -> Tensor:
     """Token probabilities whose geometric means over the responses are these."""
     return torch.tensor([-9.0, math.log(chosen) - 1, math.log(chosen) + 1, -9.0, math.log(rejected)])

@@ -71,8 +71,9 @@ NUMBERS: dict[str, list[dict[str, Any]]] = {
 }
 SEQUENCES = 8
 
-# Losses in which a response without a token is still one of a pair, or one response: its loss is that of log-ratio 0.
-EMPTY_COUNTS = {"dpo", "hinge", "ipo", "kto", "online_dpo", "orpo", "robust_dpo", "simpo"}
+# Losses in which a response without a token is still one of a pair, or one response: its loss is that of log-ratio 0
+# to the reference. Without a reference such a pair has loss 0.
+EMPTY_COUNTS = {"dpo", "hinge", "ipo", "kto", "online_dpo", "robust_dpo"}
 
 # Losses that treat the ratio to the old policy as a constant.
 CONSTANT_RATIO = {"cispo"}

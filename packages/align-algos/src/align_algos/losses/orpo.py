@@ -23,7 +23,7 @@ def orpo_loss(logprobs_N: Tensor, mask_N: Tensor, offsets: Tensor, *, beta: floa
 
     Args:
         beta: the paper's lambda, weight of the odds-ratio term.
-        Others and Raises: as in `dpo_loss`.
+        Others and Raises: as in `dpo_loss`. A pair with a response without a token inside the mask adds 0.
     Returns:
         the metrics of `dpo_loss`, with beta * mean log pi as the reward; `nll`; `log_odds`: mean x.
     Source: Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7.

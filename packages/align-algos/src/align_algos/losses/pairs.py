@@ -5,6 +5,7 @@ Legend: B sequences, N flat tokens, P = B / 2 pairs; sequences alternate chosen 
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -20,6 +21,8 @@ class Pairs(NamedTuple):
     chosen_P: Tensor
     rejected_P: Tensor
     divisor: int
+    whole_P: Tensor | None = None
+    """bool; where False the pair has loss 0. None: every pair counts."""
 
 
 def pair_log_ratios(
@@ -33,7 +36,9 @@ def pair_log_ratios(
 ) -> Pairs:
     """Sum (or mean, with `length_normalised`) over each response of log pi - log ref, or of log pi without a reference.
 
-    The mean of an empty response is 0. The reference is a constant.
+    An empty response has log-ratio 0: it is as likely as under the reference. Without a reference 0 would be the
+    log-probability of certainty, the best there is, so there a pair with an empty response is not `whole_P`, and has 0
+    on both sides. The reference is a constant.
 
     Raises:
         InputError: a value that is not finite, a wrong shape, an odd number of sequences, or a count that is too small.
@@ -47,10 +52,14 @@ def pair_log_ratios(
     value_N = masked(logprobs_N, mask_N)
     if reference_logprobs_N is not None:
         value_N = value_N - masked(reference_logprobs_N, mask_N).detach()
-    value_B = segment_sum(value_N, offsets)
+    value_B, length_B = segment_sum(value_N, offsets), segment_lengths(mask_N, offsets)
     if length_normalised:
-        value_B = value_B / segment_lengths(mask_N, offsets).clamp_min(1)
-    return Pairs(value_B[0::2], value_B[1::2], divisor)
+        value_B = value_B / length_B.clamp_min(1)
+    chosen_P, rejected_P = value_B[0::2], value_B[1::2]
+    if reference_logprobs_N is not None:
+        return Pairs(chosen_P, rejected_P, divisor)
+    whole_P = (length_B[0::2] > 0) & (length_B[1::2] > 0)
+    return Pairs(torch.where(whole_P, chosen_P, 0.0), torch.where(whole_P, rejected_P, 0.0), divisor, whole_P)
 
 
 def smoothed_sigmoid(margin_P: Tensor, *, label_smoothing: float) -> Tensor:
@@ -65,6 +74,8 @@ def pair_output(loss_P: Tensor, pairs: Pairs, *, beta: float) -> LossOutput:
     Metrics `accuracy`: share of pairs whose chosen reward is the higher one (equal is wrong); `margin`: mean difference
     of rewards; `chosen_reward` and `rejected_reward`: means.
     """
+    if pairs.whole_P is not None:
+        loss_P = torch.where(pairs.whole_P, loss_P, 0.0)
     chosen_P, rejected_P = beta * pairs.chosen_P.detach(), beta * pairs.rejected_P.detach()
     metrics = {
         "accuracy": (pairs.chosen_P > pairs.rejected_P).sum() / pairs.divisor,

@@ -27,7 +27,7 @@ def simpo_loss(
     Args:
         beta: scale of the mean log-probability, per nat.
         margin: the paper's gamma, in units of reward (TRL's `simpo_gamma`).
-        Others and Raises: as in `dpo_loss`.
+        Others and Raises: as in `dpo_loss`. A pair with a response without a token inside the mask adds 0.
     Returns:
         the metrics of `dpo_loss`, with beta * mean log pi as the reward.
     Source: Meng et al. 2024, arXiv:2405.14734, eq. 6.
