@@ -172,6 +172,31 @@ def test_float16_is_refused_where_a_gradient_is_wanted() -> None:
         assert (gradient.double() - expected).norm() < 2e-3 * expected.norm()
 
 
+def test_metrics_have_no_gradient() -> None:
+    """A callable that forgets to detach them must not keep the graph of every piece alive."""
+    model = Model()
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        loss, _ = sft_loss(output.logprobs_N, model.mask[rows], num_tokens=20)
+        return LossOutput(loss, {"nll": loss})
+
+    output = fused_loss(model.hidden, model.weight, model.targets, piece, block_bytes=rows_of(4))
+    assert output.loss.requires_grad and not output.metrics["nll"].requires_grad
+    assert_close(output.metrics["nll"], output.loss.detach())
+
+
+@pytest.mark.parametrize("through", [lambda x: x, lambda x: 2.0 * x.exp()], ids=["leaf", "graph"])
+def test_a_loss_with_a_gradient_to_something_else_is_refused(through: Any) -> None:
+    """It would be lost: the graph of a piece is gone when backward is called."""
+    model, scale = Model(), torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+
+    def piece(output: FusedOutput, rows: slice) -> LossOutput:
+        return LossOutput((through(scale) * output.logprobs_N).sum(), {})
+
+    with pytest.raises(InputError, match=r"another tensor that requires grad, of shape \[1, 1\]"):
+        fused_loss(model.hidden, model.weight, model.targets, piece)
+
+
 def test_cuts_that_do_not_fit_are_refused() -> None:
     model = Model()
     with pytest.raises(InputError, match="offsets go from 0 to 10; expected 0 to 12"):

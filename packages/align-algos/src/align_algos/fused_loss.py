@@ -41,6 +41,7 @@ class FusedLossOutput(NamedTuple):
     loss: Tensor
     """Scalar with gradient."""
     metrics: dict[str, Tensor]
+    """Scalars without gradient."""
     logprobs_N: Tensor
     """Without gradient."""
 
@@ -68,15 +69,16 @@ def fused_loss(
 
     Args:
         loss: called for each piece, in order, with gradient to its log-probs (and entropy); must give partial sums, as
-            all losses here do, and be the same on all ranks of the group.
+            all losses here do, and be the same on all ranks of the group. Through these, hidden states and output
+            matrix get their gradients, and nothing else can: other tensors in it must not require one.
         cuts: int64 [K+1], rising from 0 to N, the rows at which the batch may be cut (the offsets of sequences, pairs
             or groups, as the loss's `unit` says); None: anywhere. A piece has at least what is between two cuts.
         block_bytes: logits of a piece, at most, where the cuts allow it. None: as many as the float32 sum of the output
             matrix's gradient, which is there anyway; smaller pieces make adding to that sum a large part of the time.
         sum_dtype: in which the pieces' shares of the output matrix's gradient are added up, if it is not narrower than
             the inputs'. bfloat16 is some per cent faster, takes no memory of its own, and rounds after each piece.
-        Others and Raises: as in `fused_logprobs`; float16 inputs that want a gradient are refused too, since they need
-            a scaled loss, whose scale comes too late here.
+        Others and Raises: as in `fused_logprobs`; refused are also a `loss` with a gradient to anything else, and
+            float16 inputs that want a gradient, since they need a scaled loss, whose scale comes too late here.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
     grad = torch.is_grad_enabled()
@@ -202,9 +204,29 @@ def _differentiate(loss: PieceLoss, output: FusedOutput, rows: slice) -> tuple[L
     with torch.enable_grad():
         tracked = [x.detach().requires_grad_() for x in leaves]
         value, metrics = loss(FusedOutput(tracked[0], tracked[1] if len(tracked) == 2 else None), rows)
+        _check_reaches_only(tracked, value)
         found = torch.autograd.grad(value, tracked, allow_unused=True)
     weight_R = torch.zeros_like(leaves[0]) if found[0] is None else found[0]
-    return LossOutput(value.detach(), metrics), weight_R, found[1] if len(found) == 2 else None
+    # A metric with gradient would keep the graph of its piece in memory.
+    output_of_rows = LossOutput(value.detach(), {key: metric.detach() for key, metric in metrics.items()})
+    return output_of_rows, weight_R, found[1] if len(found) == 2 else None
+
+
+def _check_reaches_only(tracked: list[Tensor], value: Tensor) -> None:
+    """The loss of a piece has no other tensor to give a gradient to; it would be lost with the graph of the piece."""
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf: Tensor | None = getattr(node, "variable", None)  # only the nodes at the ends of a graph have one
+        if leaf is not None and all(leaf is not x for x in tracked):
+            raise InputError(
+                f"the loss of a piece depends on another tensor that requires grad, of shape {list(leaf.shape)}; only "
+                "hidden_NH and weight_VH get a gradient here: detach it, or use fused_logprobs"
+            )
+        waiting += [following for following, _ in node.next_functions]
 
 
 class _Attach(torch.autograd.Function):
