@@ -146,6 +146,12 @@ def test_wrong_numbers_are_refused(numbers: dict[str, object], message: str) -> 
         truncated_importance(*COLUMNS, **{"num_tokens": 4} | numbers)
 
 
+@pytest.mark.parametrize("threshold", [0.0, -0.1, float("nan")])
+def test_a_threshold_that_is_not_positive_is_refused(threshold: float) -> None:
+    with pytest.raises(InputError, match=r"threshold is (0|-0.1|nan); expected"):
+        negative_sequence_mask(*COLUMNS[:2], OLD, MASK, OFFSETS, num_tokens=4, threshold=threshold)
+
+
 def test_nan_is_refused_by_name() -> None:
     spoiled = torch.where(MASK, torch.nan, OLD)
     with pytest.raises(InputError, match="old_logprobs_N holds nan"):

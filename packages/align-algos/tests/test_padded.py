@@ -24,6 +24,14 @@ def test_unflatten_is_the_inverse() -> None:
     assert torch.equal(unflatten(values, PRESENT)[1], torch.zeros(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool, torch.bfloat16])
+def test_unflatten_takes_every_dtype_that_flatten_takes(dtype: torch.dtype) -> None:
+    """Token ids and masks come back as log-probs do."""
+    padded = torch.tensor([[1, 2, 0], [0, 0, 0], [0, 3, 0]]).to(dtype)
+    (values,) = flatten(PRESENT, padded)
+    assert torch.equal(unflatten(values, PRESENT), padded)
+
+
 def test_gradient_comes_back_to_the_padded_tensor() -> None:
     """A loss over three of the four tokens: -1/3 each; the padding gets exactly 0 although it holds NaN."""
     padded = PADDED.clone().requires_grad_()
@@ -40,3 +48,5 @@ def test_wrong_shapes_are_refused() -> None:
         padded_offsets(PRESENT.long())
     with pytest.raises(InputError, match=r"x_N has shape \[3\]; expected \[4\]"):
         unflatten(torch.zeros(3), PRESENT)
+    with pytest.raises(InputError, match=r"x_N has shape \[4, 1\]; expected \[4\]"):
+        unflatten(torch.zeros(4, 1), PRESENT)

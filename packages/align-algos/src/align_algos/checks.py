@@ -83,6 +83,13 @@ def check_number(name: str, value: float, *, low: float = -math.inf, high: float
         raise InputError(f"{name} is {value}; expected a finite number in [{low:g}, {high:g}]")
 
 
+def check_positive(name: str, value: float, *, hint: str = "") -> None:
+    """A number is finite and above 0."""
+    check_number(name, value, low=0.0)
+    if value == 0:
+        raise InputError(f"{name} is 0; expected a positive number{hint}")
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """A word is one of the choices."""
     if value not in choices:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from align_algos.checks import check_choice, check_columns, check_count, check_mask, check_number
+from align_algos.checks import check_choice, check_columns, check_count, check_mask, check_number, check_positive
 from align_algos.ratios import exp_excess, exp_ratio
 from align_algos.reductions import masked, per_token, segment_lengths, segment_sum
 
@@ -118,7 +118,7 @@ def negative_sequence_mask(
         Others and Raises: as in `truncated_importance`.
     Source: DeepSeek-AI 2025, arXiv:2512.02556, section 3 (off-policy sequence masking).
     """
-    check_number("threshold", threshold, low=0.0)
+    check_positive("threshold", threshold)
     log_ratio_N, level_N = _log_ratios(logprobs_N, rollout_logprobs_N, mask_N, offsets, "geometric", name="logprobs_N")
     check_columns("token", mask_N.shape[0], advantages_N=advantages_N)
     advantage_B = segment_sum(masked(advantages_N.detach(), mask_N), offsets)

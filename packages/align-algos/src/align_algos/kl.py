@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from align_algos.checks import check_choice, check_columns, check_number
+from align_algos.checks import check_choice, check_columns, check_number, check_positive
 from align_algos.errors import InputError
 from align_algos.ratios import exp_excess
 from align_algos.reductions import working_precision
@@ -100,10 +100,8 @@ class AdaptiveKl:
 
     def __init__(self, *, initial_coef: float, target: float, horizon: int) -> None:
         check_number("initial_coef", initial_coef, low=0.0)
-        check_number("target", target, low=0.0)
+        check_positive("target", target, hint=" of nats")
         check_number("horizon", horizon, low=1)
-        if target == 0:
-            raise InputError("target is 0; expected a positive number of nats")
         self._coef = initial_coef
         self._target = target
         self._horizon = horizon

@@ -6,7 +6,6 @@ Legend: B sequences, L padded length, N flat tokens.
 import torch
 from torch import Tensor
 
-from align_algos.checks import check_columns
 from align_algos.errors import InputError
 
 
@@ -37,9 +36,20 @@ def padded_offsets(present_BL: Tensor) -> Tensor:
 
 
 def unflatten(x_N: Tensor, present_BL: Tensor, *, fill: float = 0.0) -> Tensor:
-    """A flat column as [B, L], with `fill` in the padding; the inverse of `flatten`."""
+    """A flat column as [B, L], with `fill` in the padding; the inverse of `flatten`.
+
+    Args:
+        x_N: [N], any dtype and any values.
+        present_BL: bool [B, L], True where there is a token.
+        fill: in the dtype of `x_N`.
+    Returns: [B, L], the dtype of `x_N`.
+    Raises:
+        InputError: a wrong shape, or a `present_BL` that is not bool.
+    """
     _check_present(present_BL)
-    check_columns("token", int(present_BL.sum()), x_N=x_N)
+    length = int(present_BL.sum())
+    if x_N.shape != (length,):
+        raise InputError(f"x_N has shape {list(x_N.shape)}; expected [{length}], one value per token")
     return x_N.new_full(present_BL.shape, fill).masked_scatter(present_BL, x_N)
 
 

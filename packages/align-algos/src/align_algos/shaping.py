@@ -69,7 +69,7 @@ def rewards_with_kl(
     """`shaped_rewards` for a KL that is known already, such as the one over the whole vocabulary (`token_kl`).
 
     Args:
-        kl_N: floating [N], nats; what it is outside the mask does not matter.
+        kl_N: floating [N], nats; outside the mask any finite value.
         Others, Returns and Raises: as in `shaped_rewards`.
     """
     check_number("kl_coef", kl_coef, low=0.0)

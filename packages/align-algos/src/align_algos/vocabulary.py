@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align_algos.checks import check_number
+from align_algos.checks import check_positive
 from align_algos.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def vocabulary_slice(
     Raises:
         InputError: a temperature that is not positive, or a `vocab_size` that does not fit.
     """
-    check_number("temperature", temperature, low=0.0)
-    if temperature == 0:
-        raise InputError("temperature is 0; expected a positive number (for greedy decoding use 1)")
+    check_positive("temperature", temperature, hint=" (for greedy decoding use 1)")
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     vocab_size = columns * ranks if vocab_size is None else vocab_size
     if not 0 < vocab_size <= columns * ranks:

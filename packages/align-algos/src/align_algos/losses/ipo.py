@@ -5,8 +5,7 @@ Legend: as in `dpo`.
 
 from torch import Tensor
 
-from align_algos.checks import check_number
-from align_algos.errors import InputError
+from align_algos.checks import check_positive
 from align_algos.losses.output import LossOutput
 from align_algos.losses.pairs import pair_log_ratios, pair_output
 
@@ -31,9 +30,7 @@ def ipo_loss(
         Others, Returns and Raises: as in `dpo_loss`.
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17.
     """
-    check_number("beta", beta, low=0.0)
-    if beta == 0:
-        raise InputError("beta is 0; expected a positive number, the target is 1 / (2 beta)")
+    check_positive("beta", beta, hint=", the target is 1 / (2 beta)")
     pairs = pair_log_ratios(
         logprobs_N,
         reference_logprobs_N,
