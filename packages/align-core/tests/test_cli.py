@@ -1,6 +1,7 @@
 """The `align` command: exit statuses, messages, and which command gets the words."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -210,13 +211,21 @@ def test_lists_may_be_given_by_repeating_an_option(tmp_path: Path, monkeypatch: 
     assert recorder.config.trackers == ["wandb", "mlflow"]
 
 
-@pytest.mark.parametrize("form", ['["wandb"]', "[wandb]"])
+@pytest.mark.parametrize("form", ["wandb", '["wandb"]', "[wandb]"])
 def test_list_of_one(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     put(monkeypatch, "sft", recorder)
     assert main([*words("sft", tmp_path), "--trackers", form]) == 0
     assert recorder.config is not None
     assert recorder.config.trackers == ["wandb"]
+
+
+@pytest.mark.parametrize("stage", sorted(cli._STAGES))
+def test_help_of_a_stage_shows_what_the_stage_takes(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([stage, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert ("--dry-run" in shown.split()) == (stage not in ("score", "logprobs"))
+    assert not re.search(r"--\w+\+", shown)  # `--data+ FILE`, which the parser would add
 
 
 def test_commands_that_train_nothing_have_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,9 +135,41 @@ def test_wrong_value_is_named_with_what_was_expected(tmp_path: Path, key: str, v
             sft(*words)
 
 
-def test_group_set_to_null_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.yaml", "cluster: null\n")
-    message = "cluster is a group of settings, got null; set 'cluster.address', "
+def test_wrong_value_of_a_file_names_the_file(tmp_path: Path) -> None:
+    right, wrong = write(tmp_path / "a.yaml", "steps: 5\n"), write(tmp_path / "b.yaml", "optimizer:\n  lr: fast\n")
+    files = ["--config", right, "--config", wrong]
+    for words in (files, [*files, "--optimizer.lr", "1"]):
+        with pytest.raises(ConfigError) as caught:
+            sft(*words)
+        assert str(caught.value) == f"{wrong}: optimizer.lr must be a number, got 'fast'"
+    with pytest.raises(ConfigError) as caught:
+        sft("--config", right, "--steps", "many")
+    assert str(caught.value) == "steps must be a whole number, got 'many'"
+    with pytest.raises(ConfigError) as caught:
+        sft("--config", write(tmp_path / "c.yaml", "trackers: wandb\n"))
+    assert str(caught.value) == f"{tmp_path / 'c.yaml'}: trackers must be a list or null, got 'wandb'"
+
+
+@pytest.mark.parametrize("name", ["recipe", "dry-run"])
+def test_option_that_is_no_setting_belongs_on_the_command_line(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.yaml", f"{name}: tiny\n")
+    with pytest.raises(ConfigError) as caught:
+        sft("--config", path)
+    assert str(caught.value) == f"{path}: {name!r} is no setting; give --{name} on the command line"
+
+
+def test_printed_settings_are_a_settings_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*PLACES, "--recipe", "tiny", "--steps", "77"]
+    with pytest.raises(SystemExit):
+        parse(SftConfig, [*words, "--dry-run", "--print_config"], stage="sft")
+    path = write(tmp_path / "a.yaml", capsys.readouterr().out)
+    assert parse(SftConfig, ["--config", path], stage="sft") == parse(SftConfig, words, stage="sft")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("null", "null"), ("5", "5")])
+def test_group_without_settings_is_refused(tmp_path: Path, value: str, shown: str) -> None:
+    path = write(tmp_path / "a.yaml", f"cluster: {value}\n")
+    message = f"cluster is a group of settings, got {shown}; set 'cluster.address', "
     with pytest.raises(ConfigError, match=message):
         sft("--config", path)
 

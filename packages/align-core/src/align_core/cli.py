@@ -90,11 +90,13 @@ def _stage(name: str) -> Callable[[list[str]], int]:
         from align_core import settings  # noqa: PLC0415  (the argument parser is slow to import)
 
         config_type, module, function, product = _STAGES[name]
-        dry = [word for word in words if word in _DRY_RUN]
-        config = settings.parse(config_type, [word for word in words if word not in _DRY_RUN], stage=name)
+        dry = not settings.DRY_RUN.isdisjoint(words)
+        if dry and not issubclass(config_type, StageConfig):
+            raise ConfigError(f"align {name} trains nothing; --dry-run is for the stages that train")
+        config = settings.parse(config_type, words, stage=name)
         if isinstance(config, PolicyConfig):
             registry.check("align.engines", config.engine.name)  # before any process starts
-        if dry:
+        if dry and isinstance(config, StageConfig):
             return _print_plan(name, config)
         stage: Callable[[Config, World], None] = getattr(importlib.import_module(module), function)
         world = _world(config)
@@ -111,11 +113,8 @@ def _stage(name: str) -> Callable[[list[str]], int]:
     return run
 
 
-def _print_plan(name: str, config: Config) -> int:
+def _print_plan(name: str, config: StageConfig) -> int:
     from align_core.stages.dry_run import plan_lines  # noqa: PLC0415
-
-    if not isinstance(config, StageConfig):
-        raise ConfigError(f"align {name} trains nothing; --dry-run is for the stages that train")
 
     console = Console()
     console.print(f"align {name} would do this (nothing is started or written):", markup=False)
@@ -167,8 +166,6 @@ def _doctor(words: list[str]) -> int:
 
     return doctor(words)
 
-
-_DRY_RUN = ("--dry-run", "--dry_run")
 
 _STAGES: dict[str, tuple[type[Config], str, str, str]] = {
     "sft": (SftConfig, "align_core.stages.sft", "run_sft", "model"),

@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 import typing
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,7 +19,10 @@ from align_core.errors import ConfigError, choices, unknown_name
 
 Config = TypeVar("Config", bound=StageConfig | ResponsesConfig)
 
-_OWN_OPTIONS = {"config", "recipe", "help", "print_config"}
+DRY_RUN = frozenset({"--dry-run", "--dry_run"})
+"""Words that ask for the plan of a stage instead of the stage."""
+
+_OWN_OPTIONS = {"config", "recipe", "help", "print_config", "dry-run", "dry_run"}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
@@ -30,26 +33,39 @@ def parse(config_type: type[Config], argv: Sequence[str], *, stage: str) -> Conf
         ConfigError: an unknown key (with the nearest known one), a value of the wrong type, a missing required key.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _parser(config_type, stage)
+    _check_options(config_type, argv)
+    if recipe := _option(argv, "recipe"):
+        parser.set_defaults(_recipe_defaults(recipe, stage))
+        argv = _without(argv, "recipe")
+    words = _files_first(_gathered(config_type, [word for word in argv if word not in DRY_RUN]))
+    try:
+        namespace = parser.parse_args(words)
+    except ArgumentError as error:
+        raise ConfigError(_reworded(config_type, str(error.message), stage, _options(argv, "config"))) from error
+    _check_branches(config_type, namespace)
+    values = parser.instantiate(namespace)
+    fields = {field.name for field in dataclasses.fields(config_type)}
+    return config_type(**{name: value for name, value in vars(values).items() if name in fields})
+
+
+def _parser(config_type: type[Config], stage: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"align {stage}",
         description=(config_type.__doc__ or "").strip(),
         exit_on_error=False,
         default_env=False,
     )
-    parser.add_argument("--recipe", help="named defaults: " + ", ".join(registry.names("align.recipes")))
+    recipes = "named defaults: " + ", ".join(registry.names("align.recipes"))
+    parser.add_argument("--recipe", default=SUPPRESS, help=recipes)  # suppressed, so that --print_config is a --config
+    if issubclass(config_type, StageConfig):
+        plan = "print what would be done, checked as the stage checks it; start and write nothing"
+        parser.add_argument("--dry-run", action="store_true", default=SUPPRESS, help=plan)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times")
     parser.add_class_arguments(config_type, None, as_group=True)
-    _check_options(config_type, argv)
-    if recipe := _option(argv, "recipe"):
-        parser.set_defaults(_recipe_defaults(recipe, stage))
-    try:
-        namespace = parser.parse_args(_files_first(_gathered(config_type, argv)))
-    except ArgumentError as error:
-        raise ConfigError(_reworded(config_type, str(error.message), stage)) from error
-    _check_branches(config_type, namespace)
-    values = parser.instantiate(namespace)
-    fields = {field.name for field in dataclasses.fields(config_type)}
-    return config_type(**{name: value for name, value in vars(values).items() if name in fields})
+    for action in parser._actions:  # a list gets `--data+ FILE` besides, which forgets `--data FILE`; ours is to repeat
+        action.option_strings = [option for option in action.option_strings if not option.endswith("+")]
+    return parser
 
 
 def known_keys(config_type: type[object], prefix: str = "") -> Iterator[str]:
@@ -76,7 +92,9 @@ def _check_options(config_type: type[object], argv: Sequence[str]) -> None:
             if key not in known | _OWN_OPTIONS:
                 raise ConfigError(_unknown(key, known))
     for path in _options(argv, "config"):
-        for key in _yaml_keys(Path(path)):
+        for key in _yaml_settings(Path(path)):
+            if key in _OWN_OPTIONS:
+                raise ConfigError(f"{path}: {key!r} is no setting; give --{key} on the command line")
             if key not in known:
                 raise ConfigError(f"{path}: {_unknown(key, known)}")
 
@@ -91,18 +109,21 @@ def _unknown(key: str, known: set[str]) -> str:
 
 
 def _check_branches(config_type: type[object], namespace: Namespace) -> None:
-    """Refuses `optimizer: null`, which the parser would let through to a constructor."""
+    """Refuses `optimizer: null` or `optimizer: 5`, which the parser would let through to a constructor."""
     for key, kind in _types(config_type).items():
         known = [name for name in known_keys(config_type) if name.rpartition(".")[0] == key]
-        if known and dataclasses.is_dataclass(kind) and namespace.get(key) is None:
-            raise ConfigError(f"{key} is a group of settings, got null; set {choices(known)} or leave it out")
+        found = namespace.get(key)
+        if known and dataclasses.is_dataclass(kind) and not isinstance(found, Namespace):
+            got = "null" if found is None else repr(found)
+            raise ConfigError(f"{key} is a group of settings, got {got}; set {choices(known)} or leave it out")
 
 
-def _reworded(config_type: type[object], message: str, stage: str) -> str:
-    """The parser's complaint in the words of this project, where it has a form that is known."""
-    if wrong := re.match(r'Parser key "(.+?)":.*Got value: (.*)', message, flags=re.DOTALL):
+def _reworded(config_type: type[object], message: str, stage: str, files: Sequence[str]) -> str:
+    """The parser's complaint in the words of this project, where it has a form that is known, and the file's name."""
+    if wrong := re.match(r'Parser key "(.+?)":.*(?:Got|Given) value: (.*)', message, flags=re.DOTALL):
         key, value = wrong.groups()
-        return f"{key} must be {_kind(_types(config_type).get(key))}, got {value!r}"
+        source = next((f"{file}: " for file in files if str(_yaml_settings(Path(file)).get(key)) == value), "")
+        return f"{source}{key} must be {_kind(_types(config_type).get(key))}, got {value!r}"
     if missing := re.match(r"the following arguments are required: (.*)", message):
         return f"align {stage} needs " + ", ".join(f"--{key}" for key in missing.group(1).split(", "))
     return message
@@ -121,7 +142,8 @@ def _kind(hint: Any) -> str:
     return _KINDS.get(hint, "a group of settings")
 
 
-def _yaml_keys(path: Path) -> list[str]:
+def _yaml_settings(path: Path) -> dict[str, object]:
+    """Every dotted key of a file, branches and leaves, with its value."""
     if not path.is_file():
         raise ConfigError(f"settings file {str(path)!r} does not exist")
     try:
@@ -130,12 +152,12 @@ def _yaml_keys(path: Path) -> list[str]:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values, found a {type(tree).__name__}")
-    return list(_flatten(tree))
+    return dict(_flatten(tree))
 
 
-def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+def _flatten(tree: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in tree.items():
-        yield f"{prefix}{key}"
+        yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
 
@@ -162,17 +184,20 @@ def _gathered(config_type: type[object], argv: Sequence[str]) -> list[str]:
         alone = len(values) == 1 and _is_list_of_texts(kind) and not values[0].startswith("[")
         if not alone and (len(values) < 2 or not _takes_list(kind)):
             continue
-        kept = []
-        skip = False
-        for word in words:
-            if skip:
-                skip = False
-            elif word == f"--{key}":
-                skip = True
-            elif not word.startswith(f"--{key}="):
-                kept.append(word)
-        words = [*kept, f"--{key}", json.dumps(values)]
+        words = [*_without(words, key), f"--{key}", json.dumps(values)]
     return words
+
+
+def _without(argv: Sequence[str], name: str) -> list[str]:
+    """The words less every `--name VALUE` and `--name=VALUE`."""
+    kept = []
+    words = iter(argv)
+    for word in words:
+        if word == f"--{name}":
+            next(words, None)
+        elif not word.startswith(f"--{name}="):
+            kept.append(word)
+    return kept
 
 
 def _takes_list(hint: Any) -> bool:
@@ -180,9 +205,11 @@ def _takes_list(hint: Any) -> bool:
 
 
 def _is_list_of_texts(hint: Any) -> bool:
-    members = typing.get_args(hint)
-    is_text = bool(members) and (members[0] is str or typing.get_origin(members[0]) is typing.Literal)
-    return typing.get_origin(hint) is tuple and is_text
+    """Of texts or words to choose among, or such a list or null; not `data`, of which one value is a path."""
+    members = [member for member in typing.get_args(hint) if member is not type(None)]
+    if typing.get_origin(hint) not in (list, tuple):
+        return len(members) == 1 and _is_list_of_texts(members[0])
+    return members[0] is str or typing.get_origin(members[0]) is typing.Literal
 
 
 def _option(argv: Sequence[str], name: str) -> str | None:
