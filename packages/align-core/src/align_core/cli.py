@@ -48,6 +48,12 @@ _HELP = {
     "doctor": "what this machine can run, and why not",
 }
 
+_INSTALLED_HELP = {  # of the commands that our other packages bring where they are installed
+    "convert": "Hugging Face checkpoints to Megatron's and back (align-convert)",
+    "eval": "MT-Bench, and accuracy on questions with answers (align-eval)",
+    "rollout": "answers of a model, a server for it, its speed (align-rollout)",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `align WORDS`; returns the status: 0 fine, 2 an error the user can act on, 130 interrupted, 143 stopped."""
@@ -195,7 +201,7 @@ def _print_help() -> None:
     for name, text in _HELP.items():
         table.add_row(name, text)
     for name in registry.names("align.commands"):
-        table.add_row(name, "from an installed package; see its --help")
+        table.add_row(name, _INSTALLED_HELP.get(name, "from an installed package; see its --help"))
     console = Console()
     console.print("usage: align COMMAND [options]      align COMMAND --help for its options\n", markup=False)
     console.print(table)

@@ -7,8 +7,13 @@ import pytest
 from rich.console import Console
 
 from align_core.cli import main
+from align_core.config import ParallelConfig
+from align_core.errors import LayoutError
+from align_core.layouts import check_layout
 from align_core.tutorial import command
+from align_core.tutorial.command import TENSOR
 from align_core.tutorial.road import Road
+from align_core.tutorial.tiny import make_tiny_model
 from align_core.tutorial.walk import Outcome, Step
 
 
@@ -85,8 +90,12 @@ def test_smollm2_takes_the_users_questions_and_one_rank(walk: Walk, tmp_path: Pa
     [
         (["--task", "gsm8k"], "the model 'tiny' cannot do the task 'gsm8k': tiny adds, smollm2 does gsm8k"),
         (["--model", "smollm2", "--task", "additions"], "the model 'smollm2' cannot do the task 'additions'"),
-        (["--model", "smollm2"], "the task 'gsm8k' needs its file of questions; give --data FILE (got None)"),
-        (["--model", "smollm2", "--data", "nowhere"], "give --data FILE (got nowhere)"),
+        (["--model", "smollm2"], "the task 'gsm8k' needs its file of questions; give --data FILE"),
+        (["--model", "smollm2", "--data", "nowhere"], "--data nowhere is not there, or is no file"),
+        (["--steps", "0"], "--steps: must be at least 1, got 0"),
+        (["--limit", "-1"], "--limit: must be at least 1, got -1"),
+        (["--tensor", "3"], "'tiny' cannot be trained with --tensor 3; use 1, 2 or 4"),
+        (["--tensor", "0"], "use 1, 2 or 4"),
         (["--data", "mine"], "the task 'additions' makes its own data; leave out --data mine"),
     ],
 )
@@ -96,3 +105,17 @@ def test_contradicting_options_are_refused(
     assert main(["tutorial", *words]) == 2
     assert message in capsys.readouterr().err
     assert walk.steps == ()
+
+
+def test_tensor_sizes_are_those_that_the_converter_cuts_the_tiny_model_into(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "tiny", seed=0)
+    possible = [size for size in range(1, 9) if _cuts(tmp_path / "tiny", size)]
+    assert possible == list(TENSOR["tiny"][1])
+
+
+def _cuts(model: Path, tensor: int) -> bool:
+    try:
+        check_layout(model, ParallelConfig(tensor=tensor), head="lm")
+    except LayoutError:
+        return False
+    return True

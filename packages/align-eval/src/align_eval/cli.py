@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except (AlignError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"align-eval: error: {error}\n")
         return USER_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; run the same command again to continue\n")
+        sys.stderr.write("align-eval: interrupted; run the same command again to continue\n")
         return INTERRUPTED
     return status
 

@@ -218,7 +218,9 @@ def _add_command(
         name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter, description=description
     )
     command.set_defaults(run=run)
-    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
+    command.add_argument(
+        "--model", type=Path, required=True, default=argparse.SUPPRESS, metavar="DIR", help="Hugging Face directory"
+    )
     _add_engine(command.add_argument_group("engine"))
     return command
 

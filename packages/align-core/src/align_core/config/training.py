@@ -104,7 +104,7 @@ class TrainingConfig:
     CUDA build; not yet run by us); or `auto`: that where it is installed and can do what else is asked for."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass instead of kept: those of `recompute_modules` (selective), or of
-    whole layers (full; keeps one hidden state a layer, a third more time)."""
+    whole layers (full; keeps one hidden state a layer, a quarter more time)."""
     recompute_modules: tuple[RecomputeModule, ...] = ("activation",)
     """Of selective, each with its share of the 7B shape's activations and what it costs: `activation`, of the MLP (a
     sixth; next to nothing); `mlp`, gate and up besides (half in all; a seventh more work); `norm`, what norms give (an

@@ -14,6 +14,8 @@ from align_core.tutorial.walk import run_steps
 
 _QUICK_STEPS = 8  # enough to pass through every stage, resume point and conversion; too few to learn
 _QUICK_LIMIT = 40
+# By model: the usual tensor parallel size, and those that its heads (4 with 2 for keys, 9 with 3) allow.
+TENSOR = {"tiny": (2, (1, 2, 4)), "smollm2": (1, (1, 3))}
 _GSM8K_LIMIT = 50  # held-out questions; two cores take seconds for each, and GRPO answers them twice besides
 
 
@@ -36,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="the original GSM8K file (JSON lines), for --task gsm8k")
     add("--out", type=Path, help="directory of everything (default runs/tutorial-MODEL)")
     add("--seed", type=int, default=0, help="of data, initial weights, order and sampling (default 0)")
-    add("--steps", type=int, help="updates of every stage instead of the recipe's")
-    add("--limit", type=int, help="held-out questions to evaluate on (default all, for smollm2 50)")
+    add("--steps", type=positive_number, help="updates of every stage instead of the recipe's")
+    add("--limit", type=positive_number, help="held-out questions to evaluate on (default all, for smollm2 50)")
     add("--tensor", type=int, help="tensor parallel size of training (default 2 for tiny, 1 for smollm2)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="precision (default float32)")
     add("--quick", action="store_true", help="a few steps of everything: tests the road, teaches little")
@@ -50,17 +52,22 @@ def _road(options: argparse.Namespace) -> Road:
     task = options.task or ("additions" if tiny else "gsm8k")
     if tiny != (task == "additions"):
         raise ConfigError(f"the model {options.model!r} cannot do the task {task!r}: tiny adds, smollm2 does gsm8k")
-    if task == "gsm8k" and (options.data is None or not options.data.is_file()):
-        raise ConfigError(f"the task 'gsm8k' needs its file of questions; give --data FILE (got {options.data})")
+    if task == "gsm8k" and options.data is None:
+        raise ConfigError("the task 'gsm8k' needs its file of questions; give --data FILE")
+    if task == "gsm8k" and not options.data.is_file():
+        raise ConfigError(
+            f"--data {options.data} is not there, or is no file; give the original GSM8K file (JSON lines)"
+        )
     if task == "additions" and options.data is not None:
         raise ConfigError(f"the task 'additions' makes its own data; leave out --data {options.data}")
+    tensor = _tensor(options)
     out: Path = options.out or Path("runs") / f"tutorial-{options.model}"
     limit = options.limit or (_QUICK_LIMIT if options.quick else None if tiny else _GSM8K_LIMIT)
     return Road(
         recipe=options.model,
         out=out,
         seed=options.seed,
-        tensor=options.tensor or (2 if tiny else 1),
+        tensor=tensor,
         steps=options.steps or (_QUICK_STEPS if options.quick else None),
         limit=limit,
         max_tokens=8 if tiny else 256,
@@ -72,9 +79,28 @@ def _road(options: argparse.Namespace) -> Road:
     )
 
 
+def _tensor(options: argparse.Namespace) -> int:
+    """Tensor parallel size; raises ConfigError where the model's key and value heads cannot be shared out so."""
+    default, possible = TENSOR[options.model]
+    if options.tensor is None:
+        return default
+    if options.tensor not in possible:
+        sizes = f"{', '.join(map(str, possible[:-1]))} or {possible[-1]}"
+        raise ConfigError(f"{options.model!r} cannot be trained with --tensor {options.tensor}; use {sizes}")
+    return int(options.tensor)
+
+
 def _data_command(options: argparse.Namespace, task: str, out: Path, *, limit: int | None) -> tuple[str, ...]:
     command = _words("align", "data", "prepare", task, "--out", out, "--seed", options.seed)
     return command if task == "additions" else (*command, *_words("--held_out", limit, "--source", options.data))
+
+
+def positive_number(word: str) -> int:
+    """For argparse."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def _words(*words: object) -> tuple[str, ...]:
