@@ -30,7 +30,7 @@ def scored(*versions: Sequence[int]) -> Scored:
         for id, own in enumerate(versions)
     ]
     rollout = Rollout(questions=[], completions=completions, batch=rollout_batch(prompts, completions))
-    return Scored(rollout=rollout, rewards=np.zeros(len(versions), np.float32), parts={}, extracted=[], failed=0)
+    return Scored(rollout=rollout, rewards=np.zeros(len(versions), np.float32), parts={}, extracted=[], failures=())
 
 
 def test_fresh_tokens_are_those_of_the_version() -> None:
