@@ -3,8 +3,6 @@
 import asyncio
 import logging
 import time
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from align_core.conformance import check_judge
 from align_core.errors import ConfigError
 from align_core.types import ChatReply, ChatRequest
 from align_eval.errors import RefusedError, UnansweredError
-from align_eval.judges import OpenAiJudge, _retry_after, estimate_tokens, make_judge
+from align_eval.judges import OpenAiJudge, estimate_tokens, make_judge
 from align_eval.stub_service import FAULTS, StubService
 
 KEY = "sk-very-secret-0123456789"
@@ -153,14 +151,6 @@ def test_retry_after_of_hours_is_a_refusal() -> None:
         with pytest.raises(RefusedError, match="come back in 7200 s"):
             _ask(service, _request())
         assert len(service.requests) == 1
-
-
-def test_retry_after_may_be_a_date() -> None:
-    date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)
-    assert 85 < (_retry_after(date) or 0) <= 90
-    assert _retry_after("12") == 12
-    assert _retry_after("soon") is None
-    assert _retry_after(None) is None
 
 
 def test_empty_reply_is_an_answer_only_if_asked_for() -> None:

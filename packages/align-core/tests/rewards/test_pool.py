@@ -53,6 +53,10 @@ def flaky(prompts, completions, columns, seen=[]):
     seen.append(len(completions))
     return [None] * len(completions) if len(seen) == 1 else [2.0] * len(completions)
 
+def fails_twice(prompts, completions, columns, sizes=[]):
+    sizes.append(len(completions))
+    return [Score(value=len(sizes), extracted=str(sizes)) if len(sizes) > 2 or c != "x" else None for c in completions]
+
 def always_hangs(prompts, completions, columns):
     time.sleep(60)
 
@@ -134,6 +138,12 @@ def test_failures_are_tried_again(open_pool: Open) -> None:
     assert score(open_pool("flaky"), "a") == [(None, "the function returned None")]
 
 
+def test_failures_of_a_chunk_are_tried_again_in_one_call(open_pool: Open) -> None:
+    """So that a judge, which asks about several replies at once, does so here too."""
+    found = open_pool("fails_twice", retries=3).score(["p"] * 4, list("axxa"), {})
+    assert [(one.value, one.extracted) for one in found] == [(1, "[4]"), (3, "[4, 2, 2]"), (3, "[4, 2, 2]"), (1, "[4]")]
+
+
 def test_reward_that_always_hangs_stops_soon(open_pool: Open) -> None:
     pool = open_pool("always_hangs", timeout=0.2)
     with pytest.raises(WorkerError, match=r"no score within 0\.2 s for 9 of 16 completions of one step"):
@@ -149,6 +159,13 @@ def test_completions_that_hang_are_counted_once_however_often_they_are_tried(
     pool = open_pool("hangs_on_x", timeout=0.5, retries=1, on_failure=on_failure)
     found = score(pool, *"x" * hung, *"a" * (4 - hung))
     assert [value for value, _ in found] == [None] * hung + [1.0] * (4 - hung)
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "drop"])
+def test_nothing_more_is_asked_after_a_failure_that_ends_the_run(open_pool: Open, on_failure: str) -> None:
+    pool = open_pool("raises_on_x", chunk=2, on_failure=on_failure)
+    last = (None, "not asked, as one before it ends the run") if on_failure == "stop" else (1.0, "")
+    assert score(pool, *"aaxab") == [(1.0, ""), (1.0, ""), (None, "ValueError: x is no answer"), (1.0, ""), last]
 
 
 def test_drop_ends_where_more_than_half_hang(open_pool: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,14 @@
 
 import json
 import re
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +17,14 @@ import pytest
 
 from align_core.config import ScoringConfig
 from align_core.conformance import check_reward
-from align_core.errors import ConfigError, DataError
+from align_core.errors import ConfigError, DataError, WorkerError
+from align_core.rewards import pool as pool_module
+from align_core.rewards.answers import NoAnswer
 from align_core.rewards.command import CommandReward
 from align_core.rewards.format import FormatReward
 from align_core.rewards.http import HttpReward
 from align_core.rewards.judge import JudgeReward
+from align_core.rewards.pool import RewardPool
 from align_core.rewards.sources import Weighted, parse_rewards
 
 PROGRAM = """
@@ -84,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Scores by length; as a judge rates by length too, or answers without a rating to "mute"."""
 
     seen: ClassVar[list[tuple[str, dict[str, Any], str | None]]] = []
+    retry_after: ClassVar[str] = ""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -97,6 +105,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if self.path.startswith("/busy/"):  # /busy/STATUS/TIMES
+            status, times = (int(part) for part in self.path.split("/")[2:4])
+            if len(self.seen) <= times:
+                self.send_response(status)
+                self.send_header("Retry-After", self.retry_after)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+        if self.path.startswith("/slow/"):
+            time.sleep(float(self.path.split("/")[2]))
         if self.path.endswith("/chat/completions"):
             (mark,) = re.findall(r"between <(reply-\w+)>", body["messages"][0]["content"])
             reply = body["messages"][1]["content"].partition(f"<{mark}>\n")[2].partition(f"\n</{mark}>")[0]
@@ -121,11 +139,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that no longer waited."""
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align_core.rewards.http._FIRST_WAIT", 0.02)
+
+
 @pytest.fixture
 def server() -> Iterator[str]:
     """A server on this machine."""
-    _Handler.seen = []
-    with HTTPServer(("127.0.0.1", 0), _Handler) as http:
+    _Handler.seen, _Handler.retry_after = [], ""
+    with _Server(("127.0.0.1", 0), _Handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{http.server_port}"
@@ -169,9 +197,81 @@ def test_redirect_is_not_followed_and_the_token_stays(
     assert len(_Handler.seen) == 1
 
 
-def test_server_that_is_away() -> None:
-    with pytest.raises(DataError, match="gave no scores"):
-        HttpReward(ScoringConfig(url="http://127.0.0.1:9/score", timeout=2.0))(["p"], ["a"], {})
+@pytest.mark.parametrize("status", [408, 425, 429, 502, 503, 504, 529])
+def test_server_that_is_overloaded_is_asked_again(server: str, status: int) -> None:
+    reward = HttpReward(ScoringConfig(url=f"{server}/busy/{status}/2"))
+    assert [s.value for s in reward(["p"], ["abc"], {})] == [3.0]
+    assert len(_Handler.seen) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 501])
+def test_refusal_is_not_asked_again(server: str, status: int) -> None:
+    with pytest.raises(DataError, match=f"refused with status {status}"):
+        HttpReward(ScoringConfig(url=f"{server}/busy/{status}/2"))(["p"], ["a"], {})
+    assert len(_Handler.seen) == 1
+
+
+def test_server_says_when_it_may_be_asked_again(server: str) -> None:
+    _Handler.retry_after = "0.4"
+    began = time.monotonic()
+    (score,) = JudgeReward(ScoringConfig(url=f"{server}/busy/429/1", model="judge-1"))(["p"], ["abc"], {})
+    assert score.value == 3.0
+    assert time.monotonic() - began >= 0.4
+
+
+def test_server_that_stays_overloaded_is_given_up_after_the_patience(server: str) -> None:
+    """One that wants to be left alone for longer is given up at once."""
+    reward = HttpReward(ScoringConfig(url=f"{server}/busy/503/1000", patience=0.3))
+    scores = reward(["p", "q"], ["a", "b"], {})
+    expected = r"/busy/503/1000 refused with status 503:  \(asked \d+ times within scoring\.patience, 0\.3 s\)"
+    assert all(s.value is None and re.search(expected, s.error) for s in scores)
+    _Handler.seen, _Handler.retry_after = [], "3600"
+    assert reward(["p"], ["a"], {})[0].value is None
+    assert len(_Handler.seen) == 1
+
+
+def test_server_that_is_away_is_waited_for() -> None:
+    """It begins to listen after half a second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    reward = HttpReward(ScoringConfig(url=f"http://127.0.0.1:{port}/score", patience=20.0))
+    with ThreadPoolExecutor(1) as thread:
+        scores = thread.submit(reward, ["p"], ["abc"], {})
+        time.sleep(0.5)
+        with _Server(("127.0.0.1", port), _Handler) as http:
+            serving = threading.Thread(target=http.serve_forever, args=(0.05,))
+            serving.start()
+            assert [s.value for s in scores.result(timeout=20)] == [3.0]
+            http.shutdown()
+            serving.join()
+
+
+def test_server_that_stays_away() -> None:
+    (score,) = HttpReward(ScoringConfig(url="http://127.0.0.1:9/score", patience=0.1))(["p"], ["a"], {})
+    assert score.value is None
+    assert "http://127.0.0.1:9/score gave no scores: [Errno 111] Connection refused (asked" in score.error
+
+
+def test_request_that_takes_too_long_is_no_answer(server: str) -> None:
+    with pytest.raises(NoAnswer, match=r"gave no scores within 0\.2 s"):
+        HttpReward(ScoringConfig(url=f"{server}/slow/1", timeout=0.2))(["p"], ["a"], {})
+
+
+def test_time_limit_of_a_judge_is_one_of_a_request(server: str) -> None:
+    """40 replies, 16 at once, 1 s each: 3 s in all, with a limit of 2 s."""
+    scoring = ScoringConfig(url=f"{server}/slow/1", model="judge-1", timeout=2.0, retries=0, rating_max=40)
+    with closing(RewardPool("judge", scoring)) as pool:
+        texts = ["a" * (n + 1) for n in range(40)]
+        assert [s.value for s in pool.score(["p"] * 40, texts, {})] == [float(n + 1) for n in range(40)]
+    assert len(_Handler.seen) == 40, "each is asked once"
+
+
+def test_time_limit_of_a_server_that_hangs_is_counted(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_GIVE_UP", 1)
+    scoring = ScoringConfig(url=f"{server}/slow/1", timeout=0.2, retries=0)
+    with closing(RewardPool("http", scoring)) as pool, pytest.raises(WorkerError, match=r"within 0\.2 s for 2 of 4"):
+        pool.score(["p"] * 4, ["a"] * 4, {})
 
 
 def test_judge_takes_the_last_rating_and_fails_without_one(server: str) -> None:

@@ -7,12 +7,9 @@ environment, sent in the header of requests, and struck out of every message.
 """
 
 import asyncio
-import email.utils
 import ipaddress
 import json
 import os
-import random
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -20,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from align_core import registry
+from align_core.backoff import backoff, retry_after
 from align_core.config import JudgeConfig
 from align_core.contracts import Judge
 from align_core.errors import ConfigError
@@ -68,7 +66,6 @@ class OpenAiJudge:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._requests = RateLimit(config.requests_per_minute)
         self._tokens = RateLimit(config.tokens_per_minute)
-        self._jitter = random.Random()
 
     async def reply(self, request: ChatRequest) -> ChatReply:
         """Asks until there is a reply.
@@ -85,7 +82,8 @@ class OpenAiJudge:
                 lost += failure.may_cost
                 if attempt == self._config.attempts:
                     raise UnansweredError(f"no reply in {attempt} attempts, the last: {failure}", lost) from failure
-                await asyncio.sleep(failure.wait if failure.wait is not None else self._backoff(attempt))
+                wait = backoff(attempt, first=_FIRST_WAIT, longest=_LONGEST_WAIT)
+                await asyncio.sleep(wait if failure.wait is None else failure.wait)
             else:
                 return ChatReply(
                     text=reply.text,
@@ -139,7 +137,7 @@ class OpenAiJudge:
         passing = response.status_code in _PASSING or response.status_code >= 500
         if not passing or code in _HOPELESS_CODES:
             return RefusedError(f"{self._config.base_url} refuses {self._config.model!r}: {told}")
-        wait = _retry_after(response.headers.get("retry-after"))
+        wait = retry_after(response.headers.get("retry-after"))
         if wait is not None and wait > _LONGEST_RETRY_AFTER:
             return RefusedError(f"{self._config.base_url} asks to come back in {wait:.0f} s: {told}")
         return _Passing(told, wait=wait)
@@ -167,10 +165,6 @@ class OpenAiJudge:
             prompt_tokens=tokens[0] if isinstance(tokens[0], int) else None,
             completion_tokens=tokens[1] if isinstance(tokens[1], int) else None,
         )
-
-    def _backoff(self, attempt: int) -> float:
-        """Seconds to wait: doubling, with jitter so that requests which failed together do not return together."""
-        return min(_LONGEST_WAIT, _FIRST_WAIT * float(2 ** (attempt - 1))) * self._jitter.uniform(0.5, 1.0)
 
     def _clean(self, message: object) -> str:
         """`message` without the key: some services repeat it."""
@@ -228,20 +222,6 @@ def _error_of(response: httpx.Response) -> tuple[str, str]:
     if isinstance(error, dict) and error.get("message"):
         return str(error["message"])[:1000], str(error.get("code") or "")
     return (str(error) if error else response.text)[:1000].strip() or response.reason_phrase, ""
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds seconds or a date; None when it is absent or unreadable."""
-    if not value:
-        return None
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 _conforms: type[Judge] = OpenAiJudge

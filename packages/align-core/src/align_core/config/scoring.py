@@ -14,7 +14,11 @@ class ScoringConfig:
     workers: int = 1
     """Processes that run reward functions apart from the run; 0 calls them in the driver, without a time limit."""
     timeout: float = 30.0
-    """Longest time for one call, seconds; a call that hits it is repeated completion by completion, each with it."""
+    """Longest time for one call, seconds; a call that hits it is repeated completion by completion, each with it. For
+    `http` and `judge` the longest time for one request; a judge is sent several at a time."""
+    patience: float = 30.0
+    """Longest time for which `http` and `judge` go on asking a server that is away or overloaded (a refused or broken
+    connection, status 408, 425, 429, 502 and above), seconds; waits double, or are as long as the server says."""
     chunk: int = 64
     """Completions handed to a process in one call."""
     retries: int = 1
@@ -44,7 +48,7 @@ class ScoringConfig:
     """Tokens before sampling.max_tokens over which the reward `overlong` falls from 0 to -1 (DAPO's soft penalty)."""
 
     def __post_init__(self) -> None:
-        positive(self, "timeout", "chunk", "clip", "overlong_buffer")
+        positive(self, "timeout", "patience", "chunk", "clip", "overlong_buffer")
         if not self.rating_min < self.rating_max:
             raise ConfigError(f"rating_min {self.rating_min:g} must be below rating_max {self.rating_max:g}")
         for name in ("workers", "retries"):

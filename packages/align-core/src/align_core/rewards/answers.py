@@ -3,7 +3,12 @@
 import math
 from typing import cast
 
+from align_core.errors import DataError
 from align_core.types import Score
+
+
+class NoAnswer(DataError):
+    """There is none within `scoring.timeout`."""
 
 
 def read_scores(document: object, *, count: int) -> list[Score]:

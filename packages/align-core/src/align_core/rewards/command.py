@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from align_core.config import ScoringConfig
 from align_core.contracts import RewardFunction
 from align_core.errors import ConfigError, DataError
-from align_core.rewards.answers import read_scores
+from align_core.rewards.answers import NoAnswer, read_scores
 from align_core.types import Score
 
 _SHOWN = 2000  # characters of what a failed program wrote to its error output
@@ -45,7 +45,7 @@ class CommandReward:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise DataError(f"command {name!r} gave no scores within {self._scoring.timeout:g} s") from error
+            raise NoAnswer(f"command {name!r} gave no scores within {self._scoring.timeout:g} s") from error
         except OSError as error:
             raise DataError(f"command {name!r} cannot be run: {error}") from error
         if done.returncode:

@@ -12,7 +12,8 @@ from align_core.rewards.http import check_address, post
 from align_core.types import Score
 
 _RATING = re.compile(r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]")
-_AT_ONCE = 16  # questions in flight to the server
+AT_ONCE = 16
+"""Questions in flight to the server."""
 _SHOWN = 200
 
 
@@ -32,7 +33,7 @@ class JudgeReward:
     ) -> Sequence[Score]:
         """See `RewardFunction`; the extraction is the end of the judge's answer."""
         del columns
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self._rate, prompts, completions))
 
     def _rate(self, prompt: str, completion: str) -> Score:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import Any
 
 from align_core.config import ScoringConfig
 from align_core.errors import ConfigError, WorkerError
+from align_core.rewards.sources import longest_call
 from align_core.types import Score
 
 _START_SECONDS = 120.0  # importing a user's packages may take long on a busy machine
@@ -69,15 +71,15 @@ class RewardProcess:
             self.stop()
             raise ConfigError(str(answer["error"]))
 
-    def ask(self, call: Mapping[str, object]) -> list[Score]:
+    def ask(self, call: Mapping[str, Any]) -> list[Score]:
         """The scores of one call; raises ProcessFailure where there are none."""
         if self._killed:
             raise ProcessFailure("the run has ended")
         if self._process is None:
             self.start()
-        answer = self._exchange(call, self._scoring.timeout)
+        answer = self._exchange(call, longest_call(self._name, self._scoring, count=len(call["completions"])))
         if "failure" in answer:
-            raise ProcessFailure(str(answer["failure"]))
+            raise ProcessFailure(str(answer["failure"]), timed_out=bool(answer["timed_out"]))
         return [Score(**score) for score in answer["scores"]]
 
     def kill(self) -> None:
@@ -175,11 +177,16 @@ class RewardPool:
         if not same_step:
             self._asked, self._late = 0, set()
         self._asked += len(completions)
-        call = next(self._calls)
+        call, over = next(self._calls), threading.Event()
 
         def chunk(first: int) -> list[Score]:
             rows = range(first, min(first + self._scoring.chunk, len(completions)))
-            return self._score_rows(call, rows, prompts, completions, columns)
+            if over.is_set():
+                return [Score(value=None, error="not asked, as one before it ends the run")] * len(rows)
+            scores = self._score_rows(call, rows, prompts, completions, columns)
+            if self._scoring.on_failure == "stop" and any(score.value is None for score in scores):
+                over.set()
+            return scores
 
         parts = self._threads.map(chunk, range(0, len(completions), self._scoring.chunk))
         return [score for part in parts for score in part]
@@ -208,17 +215,19 @@ class RewardPool:
             }
             return process.ask(question)
 
+        def together(some: Sequence[int]) -> list[Score]:
+            if len(some) > 1:
+                with contextlib.suppress(ProcessFailure):
+                    return ask(some)
+            return [self._alone(ask, call, i) for i in some]
+
         process = self._free.get()
         try:
-            try:
-                scores = ask(rows)
-            except ProcessFailure:
-                scores = [self._alone(ask, call, i) for i in rows]
+            scores = dict(zip(rows, together(rows), strict=True))
             for _ in range(self._scoring.retries):
-                scores = [
-                    found if found.value is not None else self._alone(ask, call, i) for i, found in zip(rows, scores)
-                ]
-            return scores
+                failed = [i for i, score in scores.items() if score.value is None]
+                scores.update(zip(failed, together(failed), strict=True))
+            return list(scores.values())
         finally:
             self._free.put(process)
 

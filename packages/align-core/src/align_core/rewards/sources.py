@@ -17,8 +17,8 @@ from align_core.contracts import RewardFunction
 from align_core.errors import ConfigError, DataError, unknown_name
 from align_core.rewards.command import CommandReward
 from align_core.rewards.format import FormatReward
-from align_core.rewards.http import HttpReward
-from align_core.rewards.judge import JudgeReward
+from align_core.rewards.http import HttpReward, longest_post
+from align_core.rewards.judge import AT_ONCE, JudgeReward
 from align_core.types import Score
 
 BUILT_IN: Mapping[str, Callable[[ScoringConfig], RewardFunction]] = {
@@ -27,6 +27,7 @@ BUILT_IN: Mapping[str, Callable[[ScoringConfig], RewardFunction]] = {
     "http": HttpReward,
     "judge": JudgeReward,
 }
+_MARGIN = 5.0  # seconds; a reward that ends its requests itself says more about them than the end of its process
 IN_DRIVER = ("model", "overlong", "repetition")
 """Rewards that need more than texts: the reward model, the lengths in tokens, and the tokens themselves."""
 
@@ -75,6 +76,18 @@ def resolve(name: str, scoring: ScoringConfig) -> RewardFunction:
     if not callable(made):
         raise ConfigError(f"reward {name!r} is a {type(made).__name__} and cannot be called")
     return cast("RewardFunction", made)
+
+
+def longest_call(name: str, scoring: ScoringConfig, *, count: int) -> float:
+    """Seconds after which a call about `count` completions counts as hanging.
+
+    The time limit is one of a call, but one of a request for rewards that ask a server.
+    """
+    if name == "http":
+        return longest_post(scoring) + _MARGIN
+    if name == "judge":
+        return math.ceil(count / AT_ONCE) * longest_post(scoring) + _MARGIN
+    return scoring.timeout
 
 
 def check_name(name: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from align_core.config import ScoringConfig
 from align_core.errors import AlignError
+from align_core.rewards.answers import NoAnswer
 from align_core.rewards.sources import resolve, scores_of
 
 
@@ -35,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
             scores = scores_of(function, name, call["prompts"], call["completions"], call["columns"])
         except Exception as error:  # the function's own failure is an answer, not the end of the process
             reason = str(error) if isinstance(error, AlignError) else f"{type(error).__name__}: {error}"
-            _tell(answers, {"failure": reason})
+            _tell(answers, {"failure": reason, "timed_out": isinstance(error, NoAnswer)})
         else:
             _tell(answers, {"scores": [dataclasses.asdict(score) for score in scores]})
     return 0
