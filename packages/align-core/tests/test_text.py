@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align_core.errors import CheckpointError, ConfigError, DataError
-from align_core.text import Tokenizer, encode_response, load_tokenizer, render_prompt, resolve_template
+from align_core.text import Tokenizer, as_text, encode_response, load_tokenizer, render_prompt, resolve_template
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,13 @@ def test_plain_template_is_the_bare_text_and_several_turns_alternate(tiny: Token
     ]
     expected = "so\n\nHuman: 1 + 1\n\nAssistant: 2\n\nHuman: 2 + 2\n\nAssistant:"
     assert tiny.decode(render_prompt(tiny, turns, max_tokens=128)) == expected
+
+
+def test_prompt_as_text_is_the_words_alone_or_every_turn_with_its_role() -> None:
+    asked = [{"role": "user", "content": "1 + 1?\n"}]
+    assert as_text("1 + 1?\n") == as_text(asked) == "1 + 1?\n"
+    turns = [{"role": "system", "content": "Be brief."}, *asked, {"role": "assistant", "content": "2"}, *asked]
+    assert as_text(turns) == "system: Be brief.\n\nuser: 1 + 1?\n\n\nassistant: 2\n\nuser: 1 + 1?\n"
 
 
 def test_auto_takes_the_chat_template_where_there_is_one(tiny: Tokenizer, chat: Tokenizer) -> None:

@@ -369,7 +369,14 @@ class RewardFunction(Protocol):
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[object]]
     ) -> Sequence[Score]:
-        """One score a completion; `columns` are the dataset's other columns, repeated for each completion."""
+        """One score a completion.
+
+        Args:
+            prompts: of each completion the prompt as text: the user's words as they are, or a conversation of several
+                turns as `align_core.text.as_text` writes it (`user: ...`, a blank line, `assistant: ...`).
+            completions: the replies, without special tokens.
+            columns: the dataset's other columns, repeated for each completion.
+        """
         ...
 
 

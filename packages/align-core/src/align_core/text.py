@@ -140,6 +140,15 @@ def render_prompt(
         messages = _cut_left(tokenizer, messages, excess)
 
 
+def as_text(content: str | Messages) -> str:
+    """A prompt for readers that are no policy: the user's words alone as they are, several turns with their roles."""
+    if isinstance(content, str):
+        return content
+    if len(content) == 1 and content[0]["role"] == "user":
+        return content[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in content)
+
+
 def encode_response(tokenizer: Tokenizer, response: str, *, template: str = "auto") -> NDArray[np.int32]:
     """Token ids of an assistant's answer after a rendered prompt, closed by the end-of-sequence token."""
     name = resolve_template(tokenizer, template)

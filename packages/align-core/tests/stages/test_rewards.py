@@ -82,7 +82,7 @@ def test_function_gets_the_words_without_special_tokens_and_every_column(
     assert scored.rewards.tolist() == [0.5, -1.0]
     assert scored.rewards.dtype == np.float32
     assert list(scored.extracted) == ["2", ""]
-    assert seen["prompts"] == ["1 + 1?", "so?"]
+    assert seen["prompts"] == ["1 + 1?", "system: s\n\nuser: so?"]
     assert seen["texts"] == ["2", "3 is"]
     assert seen["columns"] == {"answer": ["2", None], "x": [None, 1]}
 
@@ -108,7 +108,8 @@ def test_score_that_failed_stops_with_reward_reason_reply_and_prompt(
 ) -> None:
     rewards = rewards_of(lambda prompts, texts, columns: [Score(value=1.0), Score(value=None, error="no number")])
     expected = (
-        r"reward 'mine' could not score a reply: no number; the reply is '3 is', the prompt 'so\?'; "
+        r"reward 'mine' could not score a reply: no number; the reply is '3 is', "
+        r"the prompt 'system: s\\n\\nuser: so\?'; "
         "--scoring.on_failure drop leaves such completions out"
     )
     with pytest.raises(DataError, match=expected):

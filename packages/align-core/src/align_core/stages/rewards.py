@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align_core.config import PolicyConfig, TrainerConfig
-from align_core.data.records import Content
 from align_core.errors import ConfigError, DataError
 from align_core.rewards.pool import RewardPool
 from align_core.rewards.sources import Weighted, check_name, parse_rewards, resolve, scores_of
 from align_core.stages.rollout import Question, Rollout
 from align_core.stages.world import World
-from align_core.text import Tokenizer, load_tokenizer
+from align_core.text import Tokenizer, as_text, load_tokenizer
 from align_core.types import Completion, Score
 
 logger = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ class Rewards:
     def _complain(self, failures: Sequence[Failure], count: int) -> None:
         """Says which of `count` completions could not be scored, and why; raises DataError unless others are left."""
         first = failures[0]
-        reply, prompt = self._tokenizer.decode(first.completion.tokens), _words(first.question.record.prompt)
+        reply, prompt = self._tokenizer.decode(first.completion.tokens), as_text(first.question.record.prompt)
         said = f"{first.reason}; the reply is {reply!r}, the prompt {prompt!r}"
         if self._config.scoring.on_failure == "stop":
             raise DataError(f"{said}; --scoring.on_failure drop leaves such completions out")
@@ -219,7 +218,7 @@ def _texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[str], list[str]
     records = [question.record for question in rollout.questions]
     keys = dict.fromkeys(key for record in records for key in record.columns)
     columns = {key: [record.columns.get(key) for record in records] for key in keys}
-    return [_words(record.prompt) for record in records], _replies(rollout, tokenizer), columns
+    return [as_text(record.prompt) for record in records], _replies(rollout, tokenizer), columns
 
 
 def _replies(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
@@ -237,7 +236,3 @@ def _extracted(scores: Mapping[str, Sequence[Score]], row: int) -> str:
     if len(scores) == 1:
         return "".join(found.values())
     return "; ".join(f"{name}: {text}" for name, text in found.items())
-
-
-def _words(content: Content) -> str:
-    return content if isinstance(content, str) else content[-1]["content"]
