@@ -44,6 +44,23 @@ def test_grammar_of_weights() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a.py:score,b.py:score", "'b.py:score' and 'a.py:score' are both logged as 'reward_score'; rename"),
+        ("overlong,mine.py:overlong=2", "'mine.py:overlong' and 'overlong' are both logged as 'reward_overlong'"),
+        ("math,mine.py:std", "'mine.py:std' and the spread of the whole reward are both logged as 'reward_std'"),
+    ],
+)
+def test_rewards_that_would_share_a_figure_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_rewards(text)
+
+
+def test_single_reward_is_not_logged_by_its_name_and_may_have_any() -> None:
+    assert parse_rewards("mine.py:std") == [Weighted(name="mine.py:std", weight=1.0)]
+
+
 def test_format_by_hand() -> None:
     """The whole reply must match; the first group is what was read out of it."""
     reward = FormatReward(ScoringConfig(pattern=r"<think>.*</think>\s*#### (\d+)"))

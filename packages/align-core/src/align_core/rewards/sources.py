@@ -44,7 +44,7 @@ def parse_rewards(text: str) -> list[Weighted]:
     """`math=1,model=0.5` in parts; a name without a weight has weight 1.
 
     Raises:
-        ConfigError: an empty name, a weight that is no finite number, or a name given twice.
+        ConfigError: an empty name, a weight that is no finite number, a name given twice, or two under one figure.
     """
     found: list[Weighted] = []
     for word in text.split(","):
@@ -58,7 +58,23 @@ def parse_rewards(text: str) -> list[Weighted]:
         if name in (other.name for other in found):
             raise ConfigError(f"reward {text!r} names {name!r} twice; add up the weights")
         found.append(Weighted(name=name, weight=weight))
+    if len(found) > 1:
+        _check_figures([part.name for part in found])
     return found
+
+
+def figure_of(name: str) -> str:
+    """What stands behind `reward_` where `name` is logged alone: a function of a file goes by its own name."""
+    return name.rpartition(":")[2]
+
+
+def _check_figures(names: Sequence[str]) -> None:
+    shown: dict[str, str] = {"std": "the spread of the whole reward"}
+    for name in names:
+        other = shown.setdefault(figure_of(name), repr(name))
+        if other != repr(name):
+            figure = f"reward_{figure_of(name)}"
+            raise ConfigError(f"reward {name!r} and {other} are both logged as {figure!r}; rename one of the functions")
 
 
 def resolve(name: str, scoring: ScoringConfig) -> RewardFunction:

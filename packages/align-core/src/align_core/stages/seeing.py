@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from align_core.config import PolicyConfig
+from align_core.rewards.sources import figure_of
 from align_core.stages.clock import Clock
 from align_core.stages.rewards import Scored
 from align_core.stages.rollout import Question
@@ -44,10 +45,10 @@ def describe(scored: Scored) -> dict[str, float]:
 
 
 def part_means(scored: Scored, prefix: str) -> dict[str, float]:
-    """The mean of each reward alone, where there are several; a function of a file goes by its own name."""
+    """The mean of each reward alone, where there are several."""
     if len(scored.parts) < 2:
         return {}
-    return {f"{prefix}_{name.rpartition(':')[2]}": float(values.mean()) for name, values in scored.parts.items()}
+    return {f"{prefix}_{figure_of(name)}": float(values.mean()) for name, values in scored.parts.items()}
 
 
 def rates(scored: Scored, seconds: Mapping[str, float]) -> dict[str, float]:
