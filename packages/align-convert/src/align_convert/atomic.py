@@ -95,7 +95,7 @@ def resumable_directory(path: Path, *, resume: bool) -> Iterator[Path]:
             for folder, _, _ in os.walk(temporary):
                 _sync_directory(Path(folder))
             _replace_directory(temporary, path)
-        except Exception:
+        except Exception:  # whatever failed, the half-written directory must go
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync_directory(path.parent)

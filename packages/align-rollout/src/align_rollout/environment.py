@@ -1,4 +1,4 @@
-"""The one place that sets environment variables, because vLLM takes part of its settings from nowhere else.
+"""The one place in align-rollout that sets environment variables, because vLLM takes some settings from nowhere else.
 
 These variables tell vLLM what our configuration already decided; they are no configuration of ours. A variable that the
 caller has set is left alone, except the one without which the engine would not live in this process. Must run before

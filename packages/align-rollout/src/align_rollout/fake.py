@@ -23,17 +23,17 @@ from align_core.contracts import (
     WeightSource,
 )
 from align_core.errors import CheckpointError, SyncError
-from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightChunk, WeightTensor, checksum
+from align_core.types import ParamMeta, Prompt, WeightChunk, WeightTensor, checksum
 from align_rollout.checkpoint import read_config, read_eos_ids
 from align_rollout.sampling import check_prompts
-from align_rollout.stream import Delta, Request, Stream, no_decoder
+from align_rollout.stream import Delta, Request, Stream, Streamed, no_decoder
 from align_rollout.update import PendingUpdate, check_version
 
 Weights = Mapping[str, NDArray[np.float32]]
 _FILE = "bigram.npz"
 
 
-class FakeEngine:
+class FakeEngine(Streamed):
     """A `RolloutEngine` on a bigram model, which also samples in the background and sleeps."""
 
     def __init__(
@@ -75,42 +75,6 @@ class FakeEngine:
             context=config.context,
             in_flight=config.in_flight,
         )
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
-        """Samples as `RolloutEngine.generate` says."""
-        return self._stream.generate(prompts, sampling)
-
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.submit(prompts, sampling)
-
-    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
-        """See `align_core.contracts.SupportsPartial`."""
-        self._stream.submit_begun(prompts, sampling, begun)
-
-    def partial(self) -> list[Completion]:
-        """See `align_core.contracts.SupportsPartial`."""
-        return self._stream.partial()
-
-    def poll(self, timeout_s: float | None = None) -> list[Completion]:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        return self._stream.poll(timeout_s)
-
-    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.abort(prompt_ids)
-
-    def pause(self) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.pause()
-
-    def resume(self) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.resume()
-
-    def listen(self, listener: Callable[[Piece], None] | None) -> None:
-        """See `align_core.contracts.SupportsTokenStream`."""
-        self._stream.listen(listener)
 
     def sleep(self, *, keep_weights: bool = True) -> None:
         """See `align_core.contracts.SupportsSleep`."""

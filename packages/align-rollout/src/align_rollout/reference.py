@@ -4,7 +4,7 @@ Each request has a cache of its own and is advanced one token at a time, so that
 Shape letters: V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,19 +13,19 @@ from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, SupportsTokenStream, WeightSink
 from align_core.errors import ConfigError, MissingDependencyError, SyncError
 from align_core.text import load_tokenizer
-from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightChunk
+from align_core.types import ParamMeta, Prompt, WeightChunk
 from align_rollout.checkpoint import read_model
 from align_rollout.names import as_parameters, checkpoint_metas
 from align_rollout.receiver import as_tensor
 from align_rollout.sampling import check_prompts
-from align_rollout.stream import Delta, Request, Stream
+from align_rollout.stream import Delta, Request, Stream, Streamed
 from align_rollout.update import PendingUpdate, check_version
 
 if TYPE_CHECKING:
     import torch
 
 
-class TransformersEngine:
+class TransformersEngine(Streamed):
     """A `RolloutEngine` on a transformers model."""
 
     def __init__(self, model: Any, path: Path, config: EngineConfig, *, loaded: bool) -> None:
@@ -70,42 +70,6 @@ class TransformersEngine:
         else:
             made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
         return cls(made.to(device).eval(), model, config, loaded=facts.has_weights)
-
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
-        """See `align_core.contracts.RolloutEngine`."""
-        return self._stream.generate(prompts, sampling)
-
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.submit(prompts, sampling)
-
-    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
-        """See `align_core.contracts.SupportsPartial`."""
-        self._stream.submit_begun(prompts, sampling, begun)
-
-    def partial(self) -> list[Completion]:
-        """See `align_core.contracts.SupportsPartial`."""
-        return self._stream.partial()
-
-    def poll(self, timeout_s: float | None = None) -> list[Completion]:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        return self._stream.poll(timeout_s)
-
-    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.abort(prompt_ids)
-
-    def pause(self) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.pause()
-
-    def resume(self) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.resume()
-
-    def listen(self, listener: Callable[[Piece], None] | None) -> None:
-        """See `align_core.contracts.SupportsTokenStream`."""
-        self._stream.listen(listener)
 
     def weight_sink(self) -> WeightSink:
         """The one sink of this engine."""

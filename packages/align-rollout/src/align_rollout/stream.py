@@ -396,3 +396,45 @@ def _seed_id(prompt: Prompt) -> int:
 def no_decoder() -> Callable[[Sequence[int]], str]:
     """For engines that have no tokenizer; raises ConfigError."""
     raise ConfigError("stop texts need a tokenizer, which this engine does not have; use stop_tokens")
+
+
+class Streamed:
+    """The part of an engine that hands requests to its `Stream`; the engine makes it as `self._stream`."""
+
+    _stream: Stream
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
+        """See `align_core.contracts.RolloutEngine`."""
+        return self._stream.generate(prompts, sampling)
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.submit(prompts, sampling)
+
+    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
+        """See `align_core.contracts.SupportsPartial`."""
+        self._stream.submit_begun(prompts, sampling, begun)
+
+    def partial(self) -> list[Completion]:
+        """See `align_core.contracts.SupportsPartial`."""
+        return self._stream.partial()
+
+    def poll(self, timeout_s: float | None = None) -> list[Completion]:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        return self._stream.poll(timeout_s)
+
+    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.abort(prompt_ids)
+
+    def pause(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.pause()
+
+    def resume(self) -> None:
+        """See `align_core.contracts.SupportsAsyncGenerate`."""
+        self._stream.resume()
+
+    def listen(self, listener: Callable[[Piece], None] | None) -> None:
+        """See `align_core.contracts.SupportsTokenStream`."""
+        self._stream.listen(listener)

@@ -5,7 +5,7 @@ Text is none of its business: no tokenizer is loaded.
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from align_core.contracts import (
 )
 from align_core.errors import ConfigError
 from align_core.text import load_tokenizer
-from align_core.types import ITEM_BYTES, Completion, ParamMeta, Piece, Prompt
+from align_core.types import ITEM_BYTES, ParamMeta, Prompt
 from align_rollout import environment
 from align_rollout.checkpoint import ModelFacts, read_model
 from align_rollout.names import checkpoint_metas
 from align_rollout.sampling import check_prompts
-from align_rollout.stream import Stream
+from align_rollout.stream import Stream, Streamed
 from align_rollout.vllm_stepper import VllmStepper
 from align_rollout.weights import VllmWeightSink
 
@@ -36,8 +36,12 @@ _CPU_PASS_TOKENS = 8192  # most tokens of one forward pass on CPU, where whole p
 _CPU_BLOCK_TOKENS = 128  # vLLM hands out the KV cache in blocks of this many tokens on CPU
 
 
-class VllmEngine:
-    """A `RolloutEngine` on vLLM. Make one with `from_model`."""
+class VllmEngine(Streamed):
+    """A `RolloutEngine` on vLLM. Make one with `from_model`.
+
+    A completion depends on (sampling.seed, prompt id, sample) and the tokens, not on its neighbours in the batch, up to
+    the rounding of kernels that sum in another order for another batch size.
+    """
 
     def __init__(
         self, *, llm: Any, facts: ModelFacts, config: EngineConfig, on_gpu: bool, owns_process_group: bool
@@ -115,14 +119,6 @@ class VllmEngine:
             owns_process_group=not had_process_group,
         )
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
-        """Samples as `RolloutEngine.generate` says.
-
-        A completion depends on (sampling.seed, prompt id, sample) and the tokens, not on its neighbours in the batch,
-        up to the rounding of kernels that sum in another order for another batch size.
-        """
-        return self._stream.generate(prompts, sampling)
-
     def generate_plainly(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> int:
         """How many tokens `vllm.LLM.generate` itself samples for the same prompts, without seeds: to compare speeds."""
         from vllm import SamplingParams  # noqa: PLC0415
@@ -139,38 +135,6 @@ class VllmEngine:
         inputs = [{"prompt_token_ids": prompt.tokens.tolist()} for prompt in prompts]
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
         return sum(len(one.token_ids) for output in outputs for one in output.outputs)
-
-    def submit(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.submit(prompts, sampling)
-
-    def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
-        """See `align_core.contracts.SupportsPartial`."""
-        self._stream.submit_begun(prompts, sampling, begun)
-
-    def partial(self) -> list[Completion]:
-        """See `align_core.contracts.SupportsPartial`."""
-        return self._stream.partial()
-
-    def poll(self, timeout_s: float | None = None) -> list[Completion]:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        return self._stream.poll(timeout_s)
-
-    def abort(self, prompt_ids: Sequence[int] | None = None) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.abort(prompt_ids)
-
-    def pause(self) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.pause()
-
-    def resume(self) -> None:
-        """See `align_core.contracts.SupportsAsyncGenerate`."""
-        self._stream.resume()
-
-    def listen(self, listener: Callable[[Piece], None] | None) -> None:
-        """See `align_core.contracts.SupportsTokenStream`."""
-        self._stream.listen(listener)
 
     def _check(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> None:
         self._sink.check_answerable()

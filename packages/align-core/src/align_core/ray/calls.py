@@ -121,7 +121,7 @@ class LineCalls:
             ray.get(self._serving[rank], timeout=_DEATH_KNOWN_S)
         except RayActorError as error:
             return error
-        except Exception as error:
+        except Exception as error:  # this asks why a worker is gone: whatever comes is what is known
             return Failure(error=None, text=str(error))
         return ActorDiedError()
 

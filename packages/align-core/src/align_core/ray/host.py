@@ -94,7 +94,7 @@ class Host:
         except AlignError as error:
             self._heartbeat.end(failed=error)
             return Failure(error=error, text=str(error))
-        except Exception as error:
+        except Exception as error:  # any failure is the answer: the driver raises it
             self._heartbeat.end(failed=error)
             return Failure(error=None, text=traceback.format_exc())
 
@@ -103,7 +103,7 @@ def packed(message: Any) -> bytes:
     """A message for a line; what cannot be packed becomes a Failure that says so."""
     try:
         return bytes(cloudpickle.dumps(message))
-    except Exception:
+    except Exception:  # a class of the user's may fail in any way
         return bytes(cloudpickle.dumps(Failure(error=None, text=traceback.format_exc())))
 
 
