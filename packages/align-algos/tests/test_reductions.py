@@ -110,6 +110,13 @@ def test_a_count_as_integer_tensor_is_accepted() -> None:
     assert_close(token_mean(X, MASK, num_tokens=torch.tensor(3)), torch.tensor(3.0))
 
 
+@pytest.mark.parametrize("offsets", [torch.tensor(3), torch.tensor([[0, 1]]), torch.zeros(0, dtype=torch.int64)])
+def test_offsets_of_a_wrong_shape_are_refused(offsets: torch.Tensor) -> None:
+    for function in (segment_sum, per_token):
+        with pytest.raises(InputError, match=r"offsets has shape \[.*\]; expected \[B\+1\]"):
+            function(torch.ones(1), offsets)
+
+
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(InputError, match="length is 0"):
         sequence_sum(X, MASK, OFFSETS, num_sequences=3, length=0.0)

@@ -36,13 +36,14 @@ def check_mask(mask_N: Tensor) -> int:
     return mask_N.shape[0]
 
 
-def check_offsets(offsets: Tensor, num_tokens: int) -> int:
-    """The offsets are [B+1], integer, start at 0, never fall and end at `num_tokens`; returns B."""
+def check_offsets(offsets: Tensor, num_tokens: int | None) -> int:
+    """The offsets are [B+1], integer, start at 0, never fall and end at `num_tokens` (None: anywhere); returns B."""
     if offsets.dim() != 1 or offsets.shape[0] < 1:
         raise InputError(f"offsets has shape {list(offsets.shape)}; expected [B+1]")
     if offsets.dtype not in (torch.int32, torch.int64):
         raise InputError(f"offsets has dtype {offsets.dtype}; expected int64 or int32")
     bounds = offsets.tolist()
+    num_tokens = bounds[-1] if num_tokens is None else num_tokens
     if bounds[0] != 0 or bounds[-1] != num_tokens:
         raise InputError(
             f"offsets go from {bounds[0]} to {bounds[-1]}; expected 0 to {num_tokens}, the number of tokens"

@@ -47,8 +47,7 @@ def segment_lengths(mask_N: Tensor, offsets: Tensor) -> Tensor:
 
 def per_token(x_B: Tensor, offsets: Tensor) -> Tensor:
     """Give each token the value of its sequence: [B] to [N]. The way from sequence advantages to token advantages."""
-    check_columns("sequence", offsets.shape[0] - 1, x_B=x_B)
-    check_offsets(offsets, int(offsets[-1]))
+    check_columns("sequence", check_offsets(offsets, None), x_B=x_B)
     return torch.repeat_interleave(x_B, offsets.diff().to(x_B.device, torch.int64))
 
 

@@ -492,12 +492,13 @@ def test_a_loss_with_a_fault_fails_its_check(fault: str, check: str, monkeypatch
         function(case=case, **arguments)
 
 
-def install(folder: Path, point: str, source: str) -> None:
+def install(folder: Path, point: str, source: str, *, name: str = "third-party-loss") -> None:
     """A distribution with one entry point, as pip would leave it."""
-    folder.joinpath("third_party_loss.py").write_text(source, encoding="utf-8")
-    information = folder / "third_party_loss-1.0.dist-info"
+    module = name.replace("-", "_")
+    folder.joinpath(f"{module}.py").write_text(source, encoding="utf-8")
+    information = folder / f"{module}-1.0.dist-info"
     information.mkdir()
-    information.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: third-party-loss\nVersion: 1.0\n")
+    information.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     information.joinpath("entry_points.txt").write_text(f"[align.losses]\n{point}\n", encoding="utf-8")
 
 
@@ -517,6 +518,22 @@ def test_an_installed_package_adds_a_loss_that_cannot_skip_these_tests(
         get_loss("wrong")
     with pytest.raises(InputError, match="already named 'mine'"):
         register_loss("mine", get_loss("sft"))
+
+
+def test_a_name_that_several_packages_offer_is_refused_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two third parties with a `theirs`, one of which also offers our `sft`: which is meant nobody can say."""
+    source = "import align_algos\nMINE = align_algos.Loss(function=len, counts=('num_tokens',), unit='token')\n"
+    install(tmp_path, "theirs = first_loss:MINE\nsft = first_loss:MINE", source, name="first-loss")
+    install(tmp_path, "theirs = second_loss:MINE\nfine = second_loss:MINE", source, name="second-loss")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"'theirs' is offered by each of \['first-loss', 'second-loss'\]; uninstall"):
+        get_loss("theirs")
+    with pytest.raises(InputError, match=r"'sft' is offered by each of \['align-algos', 'first-loss'\]; uninstall"):
+        get_loss("sft")
+    assert get_loss("fine").function is len
+    assert get_loss("dpo").function is losses.dpo_loss
 
 
 def test_unknown_name_lists_the_choices() -> None:

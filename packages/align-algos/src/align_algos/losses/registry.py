@@ -88,23 +88,26 @@ ENTRY_POINTS = "align.losses"
 
 def loss_names() -> list[str]:
     """The registered names and those that installed packages offer, sorted."""
-    return sorted(_LOSSES.keys() | _offered().keys())
+    return sorted(_LOSSES.keys() | {point.name for point in entry_points(group=ENTRY_POINTS)})
 
 
 def get_loss(name: str) -> Loss:
-    """The loss of that name; InputError lists the names there are. A name of ours cannot be taken by a package."""
-    if name in _LOSSES:
-        return _LOSSES[name]
-    offered = _offered()
-    if name not in offered:
+    """The loss of that name.
+
+    Raises:
+        InputError: a name that nobody offers (the error lists those there are) or that several packages offer (it says
+            which), this one included; an entry point that is not a `Loss`.
+    """
+    offers = {_distribution(point): point for point in entry_points(group=ENTRY_POINTS, name=name)}
+    owners = sorted([*offers, *(["align-algos"] if name in _LOSSES else [])])
+    if not owners:
         raise InputError(f"no loss is named {name!r}; choose one of {loss_names()}, or add it with register_loss")
-    loss = offered[name].load()
-    if not isinstance(loss, Loss):
+    if len(owners) > 1:
         raise InputError(
-            f"the entry point {name!r} of group {ENTRY_POINTS!r} is {type(loss).__name__} {offered[name].value}; "
-            "expected an align_algos.Loss"
+            f"a loss {name!r} is offered by each of {owners}; uninstall all but one of them, or have it renamed in the "
+            f"entry points of group {ENTRY_POINTS!r}"
         )
-    return loss
+    return _LOSSES[name] if name in _LOSSES else _load(offers[owners[0]])
 
 
 def register_loss(name: str, loss: Loss) -> None:
@@ -114,5 +117,16 @@ def register_loss(name: str, loss: Loss) -> None:
     _LOSSES[name] = loss
 
 
-def _offered() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+def _load(point: EntryPoint) -> Loss:
+    loss = point.load()
+    if not isinstance(loss, Loss):
+        raise InputError(
+            f"the entry point {point.name!r} of group {ENTRY_POINTS!r} is {type(loss).__name__} {point.value}; "
+            "expected an align_algos.Loss"
+        )
+    return loss
+
+
+def _distribution(point: EntryPoint) -> str:
+    """The package that offers it, as pip calls it; where it is where that is not known."""
+    return point.value if point.dist is None else point.dist.name
