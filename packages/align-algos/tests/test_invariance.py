@@ -19,7 +19,6 @@ import align_algos
 from align_algos import (
     Correction,
     InputError,
-    Moments,
     clip_scores,
     gae,
     group_normalised,
@@ -30,6 +29,7 @@ from align_algos import (
     last_token,
     leave_one_out,
     masked_importance,
+    merge_moments,
     mixed_groups,
     moments,
     negative_sequence_mask,
@@ -141,8 +141,8 @@ ZERO_OUTSIDE |= set(CORRECTIONS)
 # All others are constants of the losses.
 DIFFERENTIABLE = {"k1", "k2", "k3", "kl_estimate", "last_token"}
 
-# Have no value per token: moments (test_moments_add_up); their input is the whole of it.
-ELSEWHERE = {"moments"}
+# Have no value per token: moments (test_moments_merge); their input is the whole of it.
+ELSEWHERE = {"moments", "merge_moments"}
 
 
 def take(sequences: list[int], padding: int) -> tuple[Batch, list[int]]:
@@ -167,7 +167,7 @@ every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def test_every_public_function_is_here() -> None:
-    modules = ("align_algos.advantages", "align_algos.shaping", "align_algos.kl", "align_algos.correction")
+    modules = tuple(f"align_algos.{name}" for name in ("advantages", "shaping", "kl", "correction", "statistics"))
     public = {
         key
         for key in align_algos.__all__
@@ -193,11 +193,10 @@ def test_order_cut_and_padding_change_nothing(name: str, order: list[list[int]],
     assert_close(found, expected)
 
 
-def test_moments_add_up() -> None:
+def test_moments_merge() -> None:
     """The statistics of any cut are those of the whole."""
     parts = [take(sequences, 1)[0] for sequences in ([4, 0], [2], [1, 3, 5])]
-    added = Moments(*(sum(column) for column in zip(*(moments(part["a_N"], part["mask_N"]) for part in parts))))
-    assert_close(added, STATISTICS)
+    assert_close(merge_moments([moments(part["a_N"], part["mask_N"]) for part in parts]), STATISTICS)
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)

@@ -5,12 +5,10 @@ Tensors are flat and ragged: `[N]` tokens of all sequences one after the other, 
 
 from align_algos.advantages import (
     GaeOutput,
-    Moments,
     gae,
     group_normalised,
     leave_one_out,
     mixed_groups,
-    moments,
     returns_to_go,
     whiten,
 )
@@ -94,6 +92,7 @@ from align_algos.shaping import (
     rewards_with_kl,
     shaped_rewards,
 )
+from align_algos.statistics import Moments, merge_moments, moments
 from align_algos.vocab_kl import token_kl
 
 __all__ = [
@@ -141,6 +140,7 @@ __all__ = [
     "leave_one_out",
     "loss_names",
     "masked_importance",
+    "merge_moments",
     "mixed_groups",
     "moments",
     "negative_sequence_mask",

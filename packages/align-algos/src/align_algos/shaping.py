@@ -16,6 +16,7 @@ from align_algos.checks import check_columns, check_integers, check_mask, check_
 from align_algos.errors import InputError
 from align_algos.kl import Estimator, kl_estimate
 from align_algos.reductions import masked, per_token, segment_lengths, working_precision
+from align_algos.statistics import Moments, merge_moments, moments
 
 
 def clip_scores(scores_B: Tensor, *, bias: float = 0.0, limit: float = 100.0) -> Tensor:
@@ -136,6 +137,7 @@ def overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int) -> Tens
 
 
 _STATE_KEYS = ("count", "mean", "square", "lowest", "highest")
+"""Of a saved scale, in the order of the fields of `Moments`."""
 
 
 class RunningScale:
@@ -144,45 +146,32 @@ class RunningScale:
     `update` with a batch (global, after gathering), then `scale`. Until two different rewards were seen `scale` returns
     them as they are.
 
-    Source: merging of counts, means and squared distances: Chan, Golub and LeVeque 1979; scaling of rewards without
-        shifting them: Engstrom et al. 2020, arXiv:2005.12729, section 3.
+    Source: Engstrom et al. 2020, arXiv:2005.12729, section 3; of the rewards themselves, without shifting them.
     """
 
     def __init__(self) -> None:
-        self._count, self._mean, self._square = 0, 0.0, 0.0
-        self._lowest = self._highest = 0.0
+        self._seen = _moments_of([0.0] * len(_STATE_KEYS))
 
     @property
     def std(self) -> float:
         """Population standard deviation of the rewards seen; 0 before the first, and while all are equal."""
-        # (0.1 + 0.1 + 0.1) / 3 is not 0.1: the squares of equal rewards are not 0, and dividing by their root explodes.
-        return (self._square / self._count) ** 0.5 if self._lowest < self._highest else 0.0
+        return float(self._seen.variance.sqrt())
 
     def update(self, rewards_B: Tensor) -> None:
-        """Take a batch into account."""
+        """Take a batch into account: floating [B]."""
         check_columns("sequence", rewards_B.numel(), rewards_B=rewards_B)
-        if rewards_B.numel() == 0:
-            return
-        rewards_B = rewards_B.detach().double()
-        lowest, highest = float(rewards_B.min()), float(rewards_B.max())
-        self._lowest = min(self._lowest, lowest) if self._count else lowest
-        self._highest = max(self._highest, highest) if self._count else highest
-        count, mean = rewards_B.numel(), float(rewards_B.mean())
-        total, shift = self._count + count, mean - self._mean
-        self._square += float((rewards_B - mean).square().sum()) + shift**2 * self._count * count / total
-        self._mean += shift * count / total
-        self._count = total
+        batch = moments(rewards_B.cpu(), torch.ones(len(rewards_B), dtype=torch.bool))
+        self._seen = merge_moments([self._seen, batch])
 
     def scale(self, rewards_B: Tensor) -> Tensor:
-        """rewards / std, without shifting them."""
+        """rewards / std, without shifting them, floating [B]."""
         check_columns("sequence", rewards_B.numel(), rewards_B=rewards_B)
         rewards_B = working_precision(rewards_B.detach())
         return rewards_B / self.std if self.std > 0 else rewards_B
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        values = (self._count, self._mean, self._square, self._lowest, self._highest)
-        return dict(zip(_STATE_KEYS, values, strict=True))
+        return {key: float(value) for key, value in zip(_STATE_KEYS, self._seen, strict=True)}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Restore from `state_dict`. One of an earlier version, without the extremes, is taken too."""
@@ -190,11 +179,14 @@ class RunningScale:
             raise InputError(f"the state of RunningScale has the keys {sorted(state)}; expected {sorted(_STATE_KEYS)}")
         for key, value in state.items():
             check_number(key, value, low=0.0 if key in ("count", "square") else -math.inf)
-        self._count, self._mean, self._square = int(state["count"]), float(state["mean"]), float(state["square"])
         # Unknown extremes: apart where the spread says so, as it did before.
-        spread = (self._square / max(self._count, 1)) ** 0.5
-        self._lowest = float(state.get("lowest", self._mean - spread))
-        self._highest = float(state.get("highest", self._mean + spread))
+        spread = (state["square"] / max(state["count"], 1)) ** 0.5
+        numbers = {"lowest": state["mean"] - spread, "highest": state["mean"] + spread, **state}
+        self._seen = _moments_of([numbers[key] for key in _STATE_KEYS])
+
+
+def _moments_of(numbers: list[float]) -> Moments:
+    return Moments(*torch.tensor(numbers, dtype=torch.float64))
 
 
 def _repetition(tokens: list[int], n: int) -> float:

@@ -3,7 +3,8 @@
 from align_algos.advantages.gae import GaeOutput, gae
 from align_algos.advantages.groups import STD_EPS, group_normalised, leave_one_out, mixed_groups
 from align_algos.advantages.returns import returns_to_go
-from align_algos.advantages.whitening import Moments, moments, whiten
+from align_algos.advantages.whitening import whiten
+from align_algos.statistics import Moments, merge_moments, moments
 
 __all__ = [
     "STD_EPS",
@@ -12,6 +13,7 @@ __all__ = [
     "gae",
     "group_normalised",
     "leave_one_out",
+    "merge_moments",
     "mixed_groups",
     "moments",
     "returns_to_go",
