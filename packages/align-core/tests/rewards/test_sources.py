@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append((self.path, body, self.headers["Authorization"]))
         if self.path == "/refuse":
-            self.send_error(403, "not you")
+            self.send_error(403, "not you", f"your token is {self.headers['Authorization']}")
             return
         if self.path.startswith("/moved/"):
             self.send_response(int(self.path.split("/")[2]))
@@ -192,6 +192,7 @@ def test_server_that_refuses_is_named_without_the_token(server: str, monkeypatch
     reward = HttpReward(ScoringConfig(url=f"{server}/refuse", key_variable="SCORE_KEY"))
     with pytest.raises(DataError, match="refused with status 403") as refusal:
         reward(["p"], ["a"], {})
+    assert "your token is Bearer ***" in str(refusal.value), "not even where the server repeats it"
     assert "s3cret" not in str(refusal.value)
 
 

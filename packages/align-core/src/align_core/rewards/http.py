@@ -3,6 +3,7 @@
 A server that is away or overloaded is waited for; what it refuses is not asked again.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -20,6 +21,7 @@ from align_core.types import Score
 
 _SHOWN = 500  # characters of a server's refusal
 _MOST = 64 << 20  # bytes read of an answer
+_MOST_OF_REFUSAL = 64 << 10
 _PASSING = frozenset({408, 425, 429})  # and those above 501; a 500 may be about what was asked
 _FIRST_WAIT = 0.5  # seconds
 _LONGEST_WAIT = 10.0
@@ -117,7 +119,7 @@ def _ask(request: urllib.request.Request, timeout: float) -> object:
             return json.loads(response.read(_MOST))
     except urllib.error.HTTPError as error:
         with error:
-            raise _refusal(url, error) from error
+            raise _refusal(request, error) from error
     except (OSError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, TimeoutError):
@@ -127,14 +129,18 @@ def _ask(request: urllib.request.Request, timeout: float) -> object:
         raise DataError(f"{url} gave no scores: {error}") from error
 
 
-def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
-    reason = error.read(_SHOWN).decode(errors="replace")
+def _refusal(request: urllib.request.Request, error: urllib.error.HTTPError) -> Exception:
+    token = request.get_header("Authorization", "").removeprefix("Bearer ")
+    reason = ""
+    with contextlib.suppress(OSError, http.client.HTTPException):  # the status tells enough
+        reason = error.read(_MOST_OF_REFUSAL).decode(errors="replace")
+    reason = (reason.replace(token, "***") if token else reason)[:_SHOWN]  # some servers repeat it
     if target := error.headers.get("Location"):
         reason = f"it points to {target!r}; redirects are not followed, so set scoring.url to the final address"
     said = f"refused with status {error.code}: {reason}"
     if error.code in _PASSING or error.code > http.HTTPStatus.NOT_IMPLEMENTED:
         return _Passing(said, retry_after(error.headers.get("Retry-After")))
-    return DataError(f"{url} {said}")
+    return DataError(f"{request.full_url} {said}")
 
 
 _conforms: type[RewardFunction] = HttpReward

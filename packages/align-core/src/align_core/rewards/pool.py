@@ -155,6 +155,7 @@ class RewardPool:
             self._free.put(process)
         self._threads = ThreadPoolExecutor(scoring.workers, thread_name_prefix=f"reward-{name[:20]}")
         self._calls = itertools.count()
+        self._counting = threading.Lock()
         self._asked = 0
         self._late: set[tuple[int, int]] = set()
         """Completions of this step that hit the time limit, by call and row."""
@@ -174,18 +175,20 @@ class RewardPool:
         Raises:
             WorkerError: too many completions hit the time limit, so the function itself must be at fault.
         """
-        if not same_step:
-            self._asked, self._late = 0, set()
-        self._asked += len(completions)
-        call, over = next(self._calls), threading.Event()
+        with self._counting:
+            if not same_step:
+                self._asked, self._late = 0, set()
+            self._asked += len(completions)
+        call = next(self._calls)
+        ending: list[str] = []  # why the run ends, once it does
 
         def chunk(first: int) -> list[Score]:
             rows = range(first, min(first + self._scoring.chunk, len(completions)))
-            if over.is_set():
-                return [Score(value=None, error="not asked, as one before it ends the run")] * len(rows)
+            if ending:
+                return [Score(value=None, error=f"not asked after another had failed: {ending[0]}")] * len(rows)
             scores = self._score_rows(call, rows, prompts, completions, columns)
-            if self._scoring.on_failure == "stop" and any(score.value is None for score in scores):
-                over.set()
+            if self._scoring.on_failure == "stop":
+                ending.extend(score.error for score in scores if score.value is None)
             return scores
 
         parts = self._threads.map(chunk, range(0, len(completions), self._scoring.chunk))
