@@ -17,7 +17,6 @@ from align_core.config import (
     KtoConfig,
     LogprobsConfig,
     OnlineDpoConfig,
-    PolicyConfig,
     ResponsesConfig,
     RewardConfig,
     RlhfConfig,
@@ -100,8 +99,6 @@ def _stage(name: str) -> Callable[[list[str]], int]:
         if dry and not issubclass(config_type, StageConfig):
             raise ConfigError(f"align {name} trains nothing; --dry-run is for the stages that train")
         config = settings.parse(config_type, words, stage=name)
-        if isinstance(config, PolicyConfig):
-            registry.check("align.engines", config.engine.name)  # before any process starts
         if dry and isinstance(config, StageConfig):
             return _print_plan(name, config)
         stage: Callable[[Config, World], None] = getattr(importlib.import_module(module), function)

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from align_core.config import EvaluationConfig, LossConfig, SamplingConfig
+from align_core.config import EngineConfig, EvaluationConfig, LossConfig, SamplingConfig
 from align_core.text import Tokenizer
 from align_core.transfer.rectangles import Part, Pulled, Rows
 from align_core.transfer.seats import Seat
@@ -180,6 +180,15 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Frees processes and memory; calling it again does nothing."""
+        ...
+
+
+@runtime_checkable
+class SupportsCheck(Protocol):
+    """A class of engines that says beforehand whether it can serve a model with these settings."""
+
+    def check(self, model: Path, config: EngineConfig) -> None:
+        """Raises what starting the engine would raise, as far as files and settings tell; touches no device."""
         ...
 
 

@@ -340,8 +340,11 @@ class _Point:
 
 @pytest.fixture
 def length(monkeypatch: pytest.MonkeyPatch) -> type[Length]:
-    """Registers the reward `length`, the only one there is."""
-    monkeypatch.setattr(registry, "entry_points", lambda group: [_Point()] if group == "align.rewards" else [])
+    """Registers the reward `length`, the only one there is; engines and the like are those that are installed."""
+    others = registry.entry_points
+    monkeypatch.setattr(
+        registry, "entry_points", lambda group: [_Point()] if group == "align.rewards" else others(group=group)
+    )
     return Length
 
 

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 from align_core.cli import main
-from align_core.config import ParallelConfig, SamplingConfig
+from align_core.config import EngineConfig, ParallelConfig, SamplingConfig
 from align_core.errors import AlignError
 from align_core.model_shape import read_model_shape
 from align_core.stages.dry_run import plan_lines
+from align_core.stages.grpo import run_grpo
+from align_core.stages.online_dpo import run_online_dpo
 from align_core.stages.rlhf import run_rlhf
+
+RUN: dict[str, Callable[..., None]] = {"grpo": run_grpo, "online-dpo": run_online_dpo, "rlhf": run_rlhf}
 
 
 def test_sizes_are_read_from_either_form(tiny_model: Path) -> None:
@@ -29,7 +33,8 @@ def test_every_training_stage_has_a_plan_and_touches_nothing(
     config = make_config(stage)
     before = sorted(tmp_path.rglob("*"))
     words = ["--model", str(config.model), "--data", str(config.data), "--out", str(config.out), "--steps", "5"]
-    extra = ["--reward", "math"] if stage == "rlhf" else []
+    samples = stage in ("grpo", "rlhf", "online-dpo")
+    extra = ["--reward", "math", "--engine.context", "64", "--sampling.max_tokens", "8"] if samples else []
     assert main([stage, *words, "--batch_size", "4", "--max_length", "64", "--dry-run", *extra]) == 0
     shown = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
@@ -53,6 +58,45 @@ def test_plan_says_what_the_stage_would_say(make_config: Callable[..., Any], tmp
             plan_lines(make_config("sft", **changes))
 
 
+REFUSED = {
+    "tensor": ({"engine": EngineConfig(tensor=3, context=64)}, "engine.tensor 3 does not divide 4 attention heads"),
+    "context": ({"engine": EngineConfig(context=4096)}, "engine.context 4096 is longer than the 256 positions"),
+    "one device": (
+        {"engine": EngineConfig(name="transformers", tensor=2, context=64)},
+        "the engine 'transformers' runs on one device",
+    ),
+    "engine": ({"engine": EngineConfig(name="vlm", context=64)}, "unknown rollout engine 'vlm'"),
+    "reward": ({"reward": "lenght"}, "unknown reward 'lenght'; did you mean 'length'"),
+    "weight": ({"reward": "length=x"}, r"reward 'length=x' is not NAME\[=WEIGHT\]"),
+    "file": ({"reward": "mine.py:foo"}, "reward 'mine.py:foo': the file 'mine.py' does not exist"),
+    "eval_reward": ({"eval_reward": "foo"}, "unknown reward 'foo'"),
+    "pattern": ({"reward": "format"}, "reward 'format' needs the regular expression"),
+    "overlong": ({"reward": "length,overlong"}, "overlong_buffer 32 is longer than sampling.max_tokens 5"),
+    "evaluation": ({"evaluations": "foo=bar"}, "unknown evaluation 'foo'"),
+    "room": ({"sampling": SamplingConfig(n=3, max_tokens=64)}, "leaves no room for a prompt"),
+    "eval_data": ({"eval_data": Path("nowhere")}, "data file 'nowhere' does not exist"),
+    "sft_data": ({"sft_data": Path("nowhere"), "sft_coef": 0.1}, "data file 'nowhere' does not exist"),
+}
+
+
+@pytest.mark.usefixtures("length")
+@pytest.mark.parametrize("stage", ["grpo", "online-dpo", "rlhf"])
+@pytest.mark.parametrize("what", REFUSED)
+def test_plan_and_stage_refuse_the_same_before_anything_is_written(
+    stage: str, what: str, make_config: Callable[..., Any], fake_world: Callable[..., Any]
+) -> None:
+    changes, message = REFUSED[what]
+    config = make_config(stage, **changes)
+    world = fake_world()
+    with pytest.raises(AlignError, match=message):
+        plan_lines(config)
+    with pytest.raises(AlignError, match=message):
+        RUN[stage](config, world)
+    assert not world.operations
+    assert not config.out.exists()
+
+
+@pytest.mark.usefixtures("length")
 def test_sampling_that_biases_training_is_told(make_config: Callable[..., Any]) -> None:
     for sampling in (SamplingConfig(n=3, max_tokens=5, temperature=0.6), SamplingConfig(n=3, max_tokens=5, top_p=0.9)):
         plan = dict(plan_lines(make_config("grpo", sampling=sampling)))

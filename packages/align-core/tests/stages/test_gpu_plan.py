@@ -104,6 +104,7 @@ def test_what_cannot_fit_is_refused_with_the_gpu_and_the_parts(seven: Path) -> N
         list(gpu_lines(rlhf(seven, ClusterConfig(described="1x4x141"), engine=awake)))
 
 
+@pytest.mark.usefixtures("length")
 def test_dry_run_shows_the_plan_of_a_described_cluster(make_config: Callable[..., Any]) -> None:
     config = make_config("grpo", cluster=ClusterConfig(described="1x1x80"), engine=EngineConfig(context=64))
     lines = dict(plan_lines(config))

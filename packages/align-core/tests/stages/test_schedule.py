@@ -20,6 +20,7 @@ from align_core.stages.rollout import Prompts, Rollout
 from align_core.stages.schedule import open_schedule
 from align_core.types import Completion, Prompt
 
+pytestmark = pytest.mark.usefixtures("length")
 STEPS, SIZE, N = 6, 4, 3
 
 

@@ -38,7 +38,7 @@ class ModelFacts:
         possible = [ways for ways in range(1, self.heads + 1) if _divides(self, ways)]
         if tensor not in possible:
             raise LayoutError(
-                f"tensor parallel size {tensor} does not divide {self.heads} attention heads and "
+                f"engine.tensor {tensor} does not divide {self.heads} attention heads and "
                 f"{self.kv_heads} key-value heads of {str(self.path)!r}; use {', '.join(map(str, possible))}"
             )
 

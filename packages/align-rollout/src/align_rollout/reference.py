@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_core.config import EngineConfig, SamplingConfig
-from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsPartial, SupportsTokenStream, WeightSink
+from align_core.contracts import (
+    RolloutEngine,
+    SupportsAsyncGenerate,
+    SupportsCheck,
+    SupportsPartial,
+    SupportsTokenStream,
+    WeightSink,
+)
 from align_core.errors import ConfigError, MissingDependencyError, SyncError
 from align_core.text import load_tokenizer
 from align_core.types import ParamMeta, Prompt, WeightChunk
-from align_rollout.checkpoint import read_model
+from align_rollout.checkpoint import ModelFacts, read_model
 from align_rollout.names import as_parameters, checkpoint_metas
 from align_rollout.receiver import as_tensor
 from align_rollout.sampling import check_prompts
@@ -43,6 +50,11 @@ class TransformersEngine(Streamed):
         self._sink = _Sink(model, self._stepper, self._stream, config, loaded=loaded)
 
     @classmethod
+    def check(cls, model: Path, config: EngineConfig) -> None:
+        """Raises what `from_model` raises, as far as the model's files and the settings tell; needs no transformers."""
+        _checked(model, config)
+
+    @classmethod
     def from_model(cls, model: Path, config: EngineConfig) -> "TransformersEngine":
         """Loads the directory `model`; without *.safetensors in it the engine waits for its first weights.
 
@@ -58,9 +70,7 @@ class TransformersEngine(Streamed):
             raise MissingDependencyError(
                 "the engine 'transformers' needs torch and transformers; run: pip install torch transformers"
             ) from error
-        if config.tensor > 1:
-            raise ConfigError(f"the engine 'transformers' runs on one device; engine.tensor is {config.tensor}, use 1")
-        facts = read_model(model)
+        facts = _checked(model, config)
         device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.device is 'cuda', but torch finds no CUDA device; use 'cpu' or 'auto'")
@@ -210,7 +220,14 @@ def _draw(logits_V: "torch.Tensor", sampling: SamplingConfig, generator: "torch.
     return int(order_V[torch.multinomial(sorted_V[:kept], 1, generator=generator)])
 
 
+def _checked(model: Path, config: EngineConfig) -> ModelFacts:
+    if config.tensor > 1:
+        raise ConfigError(f"the engine 'transformers' runs on one device; engine.tensor is {config.tensor}, use 1")
+    return read_model(model)
+
+
 _conforms: type[RolloutEngine] = TransformersEngine
+_checks: SupportsCheck = TransformersEngine
 _streams: type[SupportsAsyncGenerate] = TransformersEngine
 _is_saved: type[SupportsPartial] = TransformersEngine
 _takes: type[WeightSink] = _Sink

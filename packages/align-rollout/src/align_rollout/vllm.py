@@ -14,6 +14,7 @@ from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import (
     RolloutEngine,
     SupportsAsyncGenerate,
+    SupportsCheck,
     SupportsPartial,
     SupportsSleep,
     SupportsTokenStream,
@@ -70,6 +71,11 @@ class VllmEngine(Streamed):
         )
 
     @classmethod
+    def check(cls, model: Path, config: EngineConfig) -> None:
+        """Raises what `from_model` raises, as far as the model's files and the settings tell; needs no vLLM."""
+        _checked(model, config)
+
+    @classmethod
     def from_model(cls, model: Path, config: EngineConfig) -> "VllmEngine":
         """Starts an engine on the directory `model`; its weights are version 0.
 
@@ -84,9 +90,7 @@ class VllmEngine(Streamed):
             ConfigError: the context does not fit the model or the KV cache, or the device is not there.
             MissingDependencyError: vLLM is not installed.
         """
-        facts = read_model(model)
-        facts.check_tensor_parallel(config.tensor)
-        _check_context(facts, config)
+        facts = _checked(model, config)
         device = environment.prepare(config.device)
         if device == "cpu":
             _check_cpu_cache(facts, config)
@@ -236,12 +240,16 @@ def _model_params(model: Path) -> list[ParamMeta]:
     return checkpoint_metas(blank)
 
 
-def _check_context(facts: ModelFacts, config: EngineConfig) -> None:
+def _checked(model: Path, config: EngineConfig) -> ModelFacts:
+    """The facts of a model that can be cut as `config` says and has its positions."""
+    facts = read_model(model)
+    facts.check_tensor_parallel(config.tensor)
     if facts.max_positions is not None and config.context > facts.max_positions:
         raise ConfigError(
             f"engine.context {config.context} is longer than the {facts.max_positions} positions of "
             f"{str(facts.path)!r}; set engine.context to {facts.max_positions} or less"
         )
+    return facts
 
 
 def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
@@ -257,6 +265,7 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
 
 
 _conforms: type[RolloutEngine] = VllmEngine
+_checks: SupportsCheck = VllmEngine
 _sleeps: type[SupportsSleep] = VllmEngine
 _streams: type[SupportsAsyncGenerate] = VllmEngine
 _is_saved: type[SupportsPartial] = VllmEngine

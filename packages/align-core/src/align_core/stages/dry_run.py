@@ -15,11 +15,13 @@ from align_core.config import (
 )
 from align_core.data.dataset import Dataset
 from align_core.data.files import DataFiles
-from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
+from align_core.data.records import read_marked, read_preferences, read_ranked, read_sft
 from align_core.memory import ModelMemory, models_memory
 from align_core.model_shape import ModelShape, read_model_shape
 from align_core.stages.gpu_plan import gpu_lines, roles
 from align_core.stages.preflight import open_tokenizer
+from align_core.stages.prepare import open_demonstrations
+from align_core.stages.rollout import Prompts
 from align_core.types import Head
 
 Line = tuple[str, str]
@@ -39,15 +41,27 @@ def plan_lines(config: StageConfig) -> list[Line]:
     Raises:
         AlignError: what the stage would say before it starts a process.
     """
-    open_tokenizer(config)
+    records = _checked_records(config)
     shape = read_model_shape(config.model)
     return [
         *_model_lines(config, shape),
-        *_data_lines(config),
+        *_data_lines(config, records),
         *([("warning", config.sampling_bias)] if isinstance(config, PolicyConfig) and config.sampling_bias else []),
         *_memory_lines(config),
         *_file_lines(config, shape),
     ]
+
+
+def _checked_records(config: StageConfig) -> Dataset[Any]:
+    """The records to train on, once all that the stage looks at before it writes has been looked at."""
+    if isinstance(config, PolicyConfig):
+        prompts = Prompts(config)
+        open_demonstrations(config, prompts.tokenizer)
+        return prompts.records
+    open_tokenizer(config)
+    records = _READERS[type(config)](config.data)
+    records.order(batch_size=config.batch_size, seed=config.seed)
+    return records
 
 
 def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
@@ -67,9 +81,7 @@ def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
     )
 
 
-def _data_lines(config: StageConfig) -> Iterator[Line]:
-    records = _READERS.get(type(config), read_prompts)(config.data)
-    records.order(batch_size=config.batch_size, seed=config.seed)
+def _data_lines(config: StageConfig, records: Dataset[Any]) -> Iterator[Line]:
     yield "data", f"{_shown(config.data)}: {len(records):,} records"
     epochs = config.steps * config.batch_size / len(records)
     yield "steps", f"{config.steps:,} of {config.batch_size:,} records: {epochs:.2f} epochs"

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from align_core.config import PolicyConfig
-from align_core.rewards.sources import parse_rewards
+from align_core.stages.preflight import reward_names
 from align_core.stages.prepare import Demonstrations
 from align_core.stages.rollout import Prompts
 from align_core.stages.run import Run
@@ -26,6 +26,5 @@ def open_run(config: PolicyConfig, prompts: Prompts, demonstrations: Demonstrati
 
 def reward_files(config: PolicyConfig) -> list[Path]:
     """The files of rewards that are written `FILE.py:NAME`, as far as they are there."""
-    parts = [part for text in (config.reward, config.eval_reward) if text for part in parse_rewards(text)]
-    files = dict.fromkeys(part.name.rpartition(":")[0] for part in parts)
+    files = dict.fromkeys(name.rpartition(":")[0] for name in reward_names(config))
     return [path for path in map(Path, filter(None, files)) if path.is_file()]

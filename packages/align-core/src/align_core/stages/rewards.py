@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align_core.config import PolicyConfig, TrainerConfig
-from align_core.errors import ConfigError, DataError
+from align_core.errors import DataError
 from align_core.rewards.pool import RewardPool
-from align_core.rewards.sources import Weighted, check_name, parse_rewards, resolve, scores_of
+from align_core.rewards.sources import Weighted, parse_rewards, resolve, scores_of
+from align_core.stages.preflight import check_rewards, reward_names
 from align_core.stages.rollout import Question, Rollout
 from align_core.stages.world import World
-from align_core.text import Tokenizer, as_text, load_tokenizer
+from align_core.text import Tokenizer, as_text
 from align_core.types import Completion, Score
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,8 @@ class Rewards:
         self._config, self._tokenizer = config, tokenizer
         self._training = parse_rewards(config.reward)
         self._evaluation = parse_rewards(config.eval_reward) if config.eval_reward else self._training
-        names = list(dict.fromkeys(part.name for part in [*self._training, *self._evaluation]))
-        for name in names:
-            check_name(name)
+        check_rewards(config, tokenizer)
+        names = reward_names(config)
         self._pools: dict[str, RewardPool] = {}
         self._early = ThreadPoolExecutor(max(1, config.scoring.workers), thread_name_prefix="align-score")
         self._ahead: dict[tuple[str, int, int], tuple[Future[list[Score]], int]] = {}
@@ -108,7 +108,7 @@ class Rewards:
 
     def _source(self, name: str, world: World) -> Source:
         if name == "model":
-            return _reward_model(self._config, world, self._tokenizer)
+            return _reward_model(self._config, world)
         if name == "overlong":
             return _overlong(self._config)
         if name == "repetition":
@@ -163,12 +163,7 @@ class Rewards:
         logger.warning("%d of %d completions could not be scored and are left out; %s", len(failures), count, said)
 
 
-def _reward_model(config: PolicyConfig, world: World, tokenizer: Tokenizer) -> Source:
-    if config.reward_model and not load_tokenizer(config.reward_model).same_vocabulary(tokenizer):
-        raise ConfigError(
-            f"the reward model {str(config.reward_model)!r} numbers its tokens otherwise than {str(config.model)!r}; "
-            "a reward model must share the policy's tokenizer"
-        )
+def _reward_model(config: PolicyConfig, world: World) -> Source:
     model = world.trainer(
         TrainerConfig.of_stage(
             config,
@@ -197,8 +192,6 @@ def _overlong(config: PolicyConfig) -> Source:
     from align_core.megatron.advantages import overlong_of  # noqa: PLC0415  (brings torch)
 
     most, buffer = config.sampling.max_tokens, config.scoring.overlong_buffer
-    if buffer > most:
-        raise ConfigError(f"scoring.overlong_buffer {buffer} is longer than sampling.max_tokens {most}; lower it")
     return lambda rollout: _scores(overlong_of(rollout.batch, max_tokens=most, buffer=buffer))
 
 
