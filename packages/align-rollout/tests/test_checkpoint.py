@@ -96,7 +96,7 @@ def test_reward_model_is_refused(tmp_path: Path) -> None:
 
 def test_tensor_parallel_that_does_not_divide_lists_what_does(tmp_path: Path) -> None:
     """6 heads and 3 key-value heads: 1 and 3 cut both, 6 replicates key-value heads; 2 divides neither way."""
-    with pytest.raises(LayoutError, match=r"size 2 does not divide 6 attention .* 3 key-value heads.*; use 1, 3, 6"):
+    with pytest.raises(LayoutError, match=r"tensor 2 does not divide 6 attention .* 3 key-value heads.*; use 1, 3, 6"):
         VllmEngine.from_model(_model(tmp_path), EngineConfig(tensor=2, context=64))
 
 
