@@ -107,10 +107,6 @@ def test_defect_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytest
         (["sft", "--optimizer.lrr", "1"], "unknown setting 'optimizer.lrr'; did you mean 'optimizer.lr'?"),
         (["sft", "--model", "m"], "align sft needs --data, --out"),
         (["grpo", "--recipe", "tinny"], "unknown recipe 'tinny'; did you mean 'tiny'?"),
-        (
-            ["grpo", "--recipe", "tiny", "--model", "m", "--data", "d", "--out", "o", "--engine.name", "vlm"],
-            "unknown rollout engine 'vlm'; ",
-        ),
         (["data", "prepare", "hh", "--out", "o"], "hh is prepared from its original file; give --source FILE"),
         (["tutorial", "--task", "gsm8k"], "the model 'tiny' cannot do the task 'gsm8k'"),
     ],
