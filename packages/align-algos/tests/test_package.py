@@ -1,10 +1,13 @@
 """The package as a whole: light to import, everything public named, errors that travel."""
 
 import importlib.resources
+import inspect
 import pickle
 import re
 import subprocess
 import sys
+
+import pytest
 
 import align_algos
 from align_algos import InputError
@@ -45,6 +48,32 @@ def test_every_reference_to_a_paper_leads_to_its_section_and_every_loss_file_has
             assert used <= anchors, f"{path.name} refers to {sorted(used - anchors)}"
             if folder == "losses" and path.name not in shared:
                 assert f"losses/{path.name}" in papers, f"{path.name} has no section in PAPERS.md"
+
+
+def documented(function: object) -> set[str]:
+    """The arguments on which its docstring, or one to which that sends the reader for them, has a line of its own."""
+    text = inspect.getdoc(function) or ""
+    names = {name for line in re.findall(r"^    ([\w, ]+):", text, flags=re.MULTILINE) for name in line.split(", ")}
+    for sentence in re.findall(r"^ *(?:Args|Others)\b[^.]*as in `[\w.]+`", text, flags=re.MULTILINE):
+        names |= documented(getattr(align_algos, sentence.rstrip("`").rpartition("`")[2].rpartition(".")[2]))
+    return names
+
+
+PUBLIC_FUNCTIONS = [name for name in align_algos.__all__ if inspect.isfunction(getattr(align_algos, name))]
+
+
+@pytest.mark.parametrize("name", PUBLIC_FUNCTIONS)
+def test_every_tensor_of_a_public_function_is_described(name: str) -> None:
+    """Its name says a shape (`mask_N`), its line in the docstring the dtype and what it means."""
+    function = getattr(align_algos, name)
+    tensors = {parameter for parameter in inspect.signature(function).parameters if re.search("_[A-Z]+$", parameter)}
+    tensors |= {"offsets"} & inspect.signature(function).parameters.keys()
+    assert tensors <= documented(function), f"{name} says nothing on {sorted(tensors - documented(function))}"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC_FUNCTIONS if name.endswith("_loss")])
+def test_every_loss_has_a_source(name: str) -> None:
+    assert name in ("get_loss", "register_loss") or "\nSource: " in (inspect.getdoc(getattr(align_algos, name)) or "")
 
 
 def test_import_takes_little_longer_than_torch_alone() -> None:

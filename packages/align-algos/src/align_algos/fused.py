@@ -85,6 +85,8 @@ def fused_logprobs(
         keep_bytes: logits to keep for the backward pass instead of making them again, at most; 0: none. None: 2/5.
     Raises:
         InputError: a wrong shape or dtype, a target outside the vocabulary, or a row without a finite maximum.
+    Source: vocabulary-parallel cross-entropy: Shoeybi et al. 2019, arXiv:1909.08053, section 3; a block of columns at a
+        time: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
     part = check_linear(hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, group=tp_group, temperature=temperature)
     column_bytes = max(1, hidden_NH.shape[0] * hidden_NH.element_size())

@@ -21,17 +21,26 @@ MAX_RELATIVE_ERROR = 0.2
 
 
 def k1(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """log pi - log ref: unbiased, may be negative, high variance."""
+    """log pi - log ref: unbiased, may be negative, high variance.
+
+    Args, Returns and Raises: as in `kl_estimate`.
+    """
     return _log_ratio(logprobs_N, reference_logprobs_N)
 
 
 def k2(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2: never negative, biased, low variance."""
+    """(log pi - log ref)^2 / 2: never negative, biased, low variance.
+
+    Args, Returns and Raises: as in `kl_estimate`.
+    """
     return _log_ratio(logprobs_N, reference_logprobs_N).square() / 2
 
 
 def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`."""
+    """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`.
+
+    Args, Returns and Raises: as in `kl_estimate`.
+    """
     return exp_excess(-_log_ratio(logprobs_N, reference_logprobs_N))
 
 
@@ -43,7 +52,17 @@ LOSS_ESTIMATORS: tuple[LossEstimator, ...] = ("k2", "k3")
 
 
 def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, *, estimator: Estimator) -> Tensor:
-    """The estimate of that name."""
+    """The estimate of that name, per token.
+
+    Args:
+        logprobs_N: floating [N], log pi(token) under the policy that sampled it, nats.
+        reference_logprobs_N: floating [N], log ref(token) under the reference.
+        estimator: "k1", "k2" or "k3".
+    Returns: [N], nats, float32 (float64 for float64 log-probs), with gradient to both.
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or an unknown name.
+    Source: J. Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html.
+    """
     check_choice("estimator", estimator, ESTIMATORS)
     return {"k1": k1, "k2": k2, "k3": k3}[estimator](logprobs_N, reference_logprobs_N)
 

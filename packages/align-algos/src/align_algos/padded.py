@@ -29,7 +29,14 @@ def flatten(present_BL: Tensor, *columns_BL: Tensor) -> tuple[Tensor, ...]:
 
 
 def padded_offsets(present_BL: Tensor) -> Tensor:
-    """Where each sequence begins in the flat columns: int64 [B+1]."""
+    """Where each sequence begins in the flat columns.
+
+    Args:
+        present_BL: bool [B, L], True where there is a token.
+    Returns: int64 [B+1].
+    Raises:
+        InputError: a wrong shape or dtype.
+    """
     _check_present(present_BL)
     lengths_B = present_BL.sum(1)
     return torch.cat([lengths_B.new_zeros(1), lengths_B.cumsum(0)])

@@ -9,7 +9,12 @@ MAX_LOG_RATIO = 30.0
 
 
 def exp_ratio(log_ratio: Tensor) -> Tensor:
-    """exp(log_ratio), with log_ratio capped at MAX_LOG_RATIO. Exact and monotonic below the cap; no Taylor series."""
+    """exp(log_ratio), with log_ratio capped at MAX_LOG_RATIO. Exact and monotonic below the cap; no Taylor series.
+
+    Args:
+        log_ratio: floating, any shape: difference of two log-probabilities, nats.
+    Returns: the same shape and dtype; where the cap holds, without gradient.
+    """
     return torch.exp(log_ratio.clamp(max=MAX_LOG_RATIO))
 
 

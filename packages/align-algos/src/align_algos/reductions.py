@@ -32,21 +32,45 @@ def masked(x_N: Tensor, mask_N: Tensor) -> Tensor:
 
 
 def segment_sum(x_N: Tensor, offsets: Tensor) -> Tensor:
-    """Sum of each sequence, [B]; 0 for a sequence without tokens. The order of addition is fixed on every device."""
+    """Sum of each sequence; 0 for one without tokens. The order of addition is fixed on every device.
+
+    Args:
+        x_N: floating [N]; every token counts, so put what a mask leaves out to 0.
+        offsets: int64 [B+1].
+    Returns: [B], the dtype of `x_N`, with gradient.
+    Raises:
+        InputError: offsets that do not fit.
+    """
     check_offsets(offsets, x_N.shape[0])
     # index_add would add with atomics on CUDA, in a new order each run.
     return torch.segment_reduce(x_N, "sum", offsets=offsets.to(x_N.device, torch.int64), initial=0.0, unsafe=True)
 
 
 def segment_lengths(mask_N: Tensor, offsets: Tensor) -> Tensor:
-    """Number of tokens inside the mask of each sequence, int64 [B]."""
+    """Number of tokens inside the mask of each sequence.
+
+    Args:
+        mask_N: bool [N].
+        offsets: int64 [B+1].
+    Returns: int64 [B].
+    Raises:
+        InputError: a mask that is not bool, or offsets that do not fit.
+    """
     check_offsets(offsets, check_mask(mask_N))
     running = torch.cat([mask_N.new_zeros(1, dtype=torch.int64), mask_N.cumsum(0)])
     return running[offsets.to(mask_N.device, torch.int64)].diff()
 
 
 def per_token(x_B: Tensor, offsets: Tensor) -> Tensor:
-    """Give each token the value of its sequence: [B] to [N]. The way from sequence advantages to token advantages."""
+    """Give each token the value of its sequence. The way from sequence advantages to token advantages.
+
+    Args:
+        x_B: floating [B].
+        offsets: int64 [B+1].
+    Returns: [N], the dtype of `x_B`, with gradient.
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or offsets that do not fit.
+    """
     check_columns("sequence", check_offsets(offsets, None), x_B=x_B)
     return torch.repeat_interleave(x_B, offsets.diff().to(x_B.device, torch.int64))
 
@@ -116,6 +140,7 @@ def reduce_tokens(
             "sequence_sum" (sum over each sequence's tokens / `length`, then mean over sequences).
         offsets, num_sequences: needed by the two reductions over sequences.
         length: of `sequence_sum`.
+        Others: as in `token_mean`.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "token_mean":

@@ -20,10 +20,16 @@ from align_algos.statistics import Moments, merge_moments, moments
 
 
 def clip_scores(scores_B: Tensor, *, bias: float = 0.0, limit: float = 100.0) -> Tensor:
-    """clip(score - bias, -limit, limit), without gradient. The limit is the tutorial's.
+    """clip(score - bias, -limit, limit), without gradient.
 
+    Args:
+        scores_B: floating [B].
+        bias: subtracted first, in units of score.
+        limit: largest absolute value that stays.
+    Returns: [B], float32 (float64 for float64 scores).
     Raises:
         InputError: a value that is not finite, or a wrong shape.
+    Source: the tutorial (`reward_bias`, `cliprange_reward`, 100 there).
     """
     check_columns("sequence", scores_B.numel(), scores_B=scores_B)
     check_number("bias", bias)
@@ -88,7 +94,16 @@ def rewards_with_kl(
 
 
 def last_token(x_B: Tensor, mask_N: Tensor, offsets: Tensor) -> Tensor:
-    """Each sequence's value on its last token inside the mask, 0 elsewhere; nothing where the mask is empty."""
+    """Each sequence's value on its last token inside the mask, 0 elsewhere; nothing where the mask is empty.
+
+    Args:
+        x_B: floating [B].
+        mask_N: bool [N], True where the policy sampled the token.
+        offsets: int64 [B+1].
+    Returns: [N], the dtype of `x_B`, with gradient.
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or offsets that do not fit.
+    """
     length_B = segment_lengths(mask_N, offsets)
     check_columns("sequence", length_B.shape[0], x_B=x_B)
     last_M = length_B.cumsum(0)[length_B > 0] - 1  # positions among the tokens inside the mask

@@ -33,6 +33,8 @@ def kl_loss(
         metrics `kl`: mean of the estimate, nats.
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
+    Source: Shao et al. 2024, arXiv:2402.03300, eq. 4 (k3 as a loss); the estimators: J. Schulman, "Approximating KL
+        Divergence", 2020, http://joschu.net/blog/kl-approx.html.
     """
     check_mask(mask_N)
     check_choice("estimator", estimator, LOSS_ESTIMATORS)
@@ -50,6 +52,7 @@ def vocab_kl_loss(kl_N: Tensor, mask_N: Tensor, *, num_tokens: int, coef: float)
         Others and Raises: as in `kl_loss`.
     Returns:
         metrics `kl`: mean, nats.
+    Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4 (KL to the supervised model), there estimated.
     """
     check_columns("token", check_mask(mask_N), kl_N=kl_N)
     check_number("coef", coef, low=0.0)

@@ -58,7 +58,10 @@ def online_dpo_loss(
 
 
 def count_preferences(rewards_B: Tensor, group_B: Tensor, *, pairs: PairChoice = "all") -> int:
-    """The `num_pairs` of `online_dpo_loss`, for the whole batch."""
+    """The `num_pairs` of `online_dpo_loss`, for the whole batch.
+
+    Args and Raises: as in `online_dpo_loss`.
+    """
     check_columns("sequence", rewards_B.numel(), rewards_B=rewards_B)
     return int(_preferences(rewards_B, group_B, pairs).sum())
 

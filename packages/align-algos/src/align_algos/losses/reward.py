@@ -62,6 +62,8 @@ def count_pairs(labels_B: Tensor, group_B: Tensor) -> int:
     """Ordered pairs with different labels within a group: the `num_pairs` of `reward_loss`, for the whole batch.
 
     Pairs of a group of n are n(n-1)/2, less m(m-1)/2 for every m responses that share a label.
+
+    Args and Raises: as in `reward_loss`.
     """
     labels_B = _checked_labels(labels_B, group_B, labels_B.numel())
     _, group_sizes = torch.unique(group_B, return_counts=True)
