@@ -4,7 +4,6 @@ Needs neither torch nor the weights. Errors of align_convert leave here as those
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from align_convert.errors import LayoutError as ConvertLayoutError
 from align_convert.layout import Layout
 from align_core.config import ParallelConfig
 from align_core.errors import CheckpointError, ConfigError, LayoutError
+from align_core.model_shape import read_model_config
 from align_core.types import Head
 
 # Each rank's share of the vocabulary is a multiple of this: matrices of odd width miss the fast kernels of GPUs.
@@ -36,15 +36,9 @@ def check_layout(directory: Path, parallel: ParallelConfig, *, head: Head, lora_
     """`wanted_model` of what `directory`/config.json describes.
 
     Raises:
-        CheckpointError: it is missing or damaged; and what `wanted_model` raises.
+        CheckpointError: it, or the directory, is missing or damaged; and what `wanted_model` raises.
     """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"model directory {str(directory)!r} has no config.json") from None
-    except ValueError as error:
-        raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
+    raw = read_model_config(directory)
     with translated_errors():
         stored = ModelConfig.from_hf(raw)
     wanted_model(stored, directory, parallel, head=head, lora_rank=lora_rank)

@@ -1,6 +1,7 @@
 """The sizes of a model as its config.json says, for checks and estimates that need neither torch nor the weights."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,19 @@ class ModelShape:
         return self.vocab * self.hidden + self.layers * self.layer_parameters + self.hidden + output
 
 
-def read_model_shape(directory: Path) -> ModelShape:
-    """From `directory`/config.json, which Hugging Face and Megatron directories both have.
+def check_directory(directory: Path) -> None:
+    """Raises CheckpointError unless the model directory is there."""
+    if not directory.is_dir():
+        raise CheckpointError(f"model directory {str(directory)!r} does not exist")
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """`directory`/config.json, which Hugging Face and Megatron directories both have.
 
     Raises:
-        CheckpointError: it is not there, is no JSON, or lacks a size.
+        CheckpointError: the directory or the file is not there, or it holds no JSON object.
     """
+    check_directory(directory)
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -64,7 +72,19 @@ def read_model_shape(directory: Path) -> ModelShape:
         raise CheckpointError(f"model directory {str(directory)!r} has no config.json") from None
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is damaged: {error}") from error
-    experts = next((key for key in _EXPERTS if key in raw), None) if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{str(path)!r} is damaged: it must hold keys and values, found a {type(raw).__name__}")
+    return raw
+
+
+def read_model_shape(directory: Path) -> ModelShape:
+    """The sizes in `directory`/config.json.
+
+    Raises:
+        CheckpointError: what `read_model_config` raises, or a size is missing.
+    """
+    raw, path = read_model_config(directory), directory / "config.json"
+    experts = next((key for key in _EXPERTS if key in raw), None)
     width = "moe_intermediate_size" if experts is not None and "moe_intermediate_size" in raw else "intermediate_size"
     heads, hidden = _size(raw, "num_attention_heads", path), _size(raw, "hidden_size", path)
     return ModelShape(
@@ -82,8 +102,8 @@ def read_model_shape(directory: Path) -> ModelShape:
     )
 
 
-def _size(raw: Any, key: str, path: Path, *, default: int | None = None) -> int:
-    value = raw.get(key) if isinstance(raw, dict) else None
+def _size(raw: Mapping[str, Any], key: str, path: Path, *, default: int | None = None) -> int:
+    value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"{str(path)!r}: {key!r} is {value!r}; it must be a whole number above 0")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency, unknown_name
+from align_core.model_shape import check_directory
 
 TemplateName = Literal["auto", "human-assistant", "chat", "plain"]
 Messages = Sequence[Mapping[str, str]]
@@ -91,8 +92,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
         CheckpointError: the directory has no tokenizer files, or they do not load.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"model directory {str(directory)!r} does not exist")
+    check_directory(directory)
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{str(directory)!r} holds no tokenizer (tokenizer.json or tokenizer.model)")
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from align_core.cli import main
 from align_core.config import EngineConfig, ParallelConfig, SamplingConfig
-from align_core.errors import AlignError
+from align_core.errors import AlignError, CheckpointError
 from align_core.model_shape import read_model_shape
 from align_core.stages.dry_run import plan_lines
 from align_core.stages.grpo import run_grpo
@@ -94,6 +94,15 @@ def test_plan_and_stage_refuse_the_same_before_anything_is_written(
         RUN[stage](config, world)
     assert not world.operations
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("setting", ["model", "reward_model", "value_model"])
+def test_missing_model_directory_is_told_alike_for_every_model(
+    setting: str, length: type, make_config: Callable[..., Any], tiny_model: Path
+) -> None:
+    models = {"reward": "model", "reward_model": tiny_model, "value_model": tiny_model}
+    with pytest.raises(CheckpointError, match=r"^model directory 'nope' does not exist$"):
+        plan_lines(make_config("rlhf", **{**models, setting: Path("nope")}))
 
 
 @pytest.mark.usefixtures("length")
