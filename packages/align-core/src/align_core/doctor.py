@@ -49,10 +49,11 @@ def main(words: Sequence[str]) -> int:
 def _machine() -> str:
     versions = ", ".join(f"{name} {number}" for name in _SHOWN if (number := _installed(name)))
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return f"{os.cpu_count()} processors, {_gpus()} CUDA GPUs, {free:.0f} GiB of free disk here\n{versions}"
+    return f"{os.cpu_count()} processors, {cuda_gpus()} CUDA GPUs, {free:.0f} GiB of free disk here\n{versions}"
 
 
-def _gpus() -> int:
+def cuda_gpus() -> int:
+    """How many GPUs torch finds here; 0 without torch."""
     if not _importable("torch"):
         return 0
     import torch  # noqa: PLC0415  (optional and slow to import)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from align_core.cli import main
-from align_core.config import EngineConfig, ParallelConfig, SamplingConfig
-from align_core.errors import AlignError, CheckpointError
+from align_core.config import ClusterConfig, EngineConfig, ParallelConfig, SamplingConfig, TrainingConfig
+from align_core.errors import AlignError, CheckpointError, ConfigError
 from align_core.model_shape import read_model_shape
 from align_core.stages.dry_run import plan_lines
 from align_core.stages.grpo import run_grpo
@@ -17,6 +17,13 @@ from align_core.stages.online_dpo import run_online_dpo
 from align_core.stages.rlhf import run_rlhf
 
 RUN: dict[str, Callable[..., None]] = {"grpo": run_grpo, "online-dpo": run_online_dpo, "rlhf": run_rlhf}
+
+
+@pytest.fixture(autouse=True)
+def no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever these tests run."""
+    for module in ("dry_run", "preflight"):
+        monkeypatch.setattr(f"align_core.stages.{module}.cuda_gpus", lambda: 0)
 
 
 def test_sizes_are_read_from_either_form(tiny_model: Path) -> None:
@@ -39,8 +46,10 @@ def test_every_training_stage_has_a_plan_and_touches_nothing(
     shown = capsys.readouterr().out
     assert sorted(tmp_path.rglob("*")) == before
     assert "nothing is started or written" in shown
-    for text in ("placement:", "10 records", "5 of 4 records: 2.00 epochs", "memory per GPU", "bytes written"):
+    for text in ("placement:", "10 records", "5 of 4 records: 2.00 epochs", "memory per process", "bytes written"):
         assert text in shown, shown
+    assert ("engine: vllm: 1 ranks" in shown) == samples
+    assert "GPU" not in shown, shown
 
 
 def test_plan_says_what_the_stage_would_say(make_config: Callable[..., Any], tmp_path: Path) -> None:
@@ -115,8 +124,70 @@ def test_sampling_that_biases_training_is_told(make_config: Callable[..., Any]) 
 
 def test_reference_beside_the_model_is_counted(make_config: Callable[..., Any]) -> None:
     once, step = (dict(plan_lines(make_config("dpo", reference=how))) for how in ("once", "step"))
-    assert "memory per GPU, frozen reference" not in once
-    assert "memory per GPU, frozen reference" in step
+    assert "memory per process, frozen reference" not in once
+    assert "memory per process, frozen reference" in step
+
+
+def test_devices_are_those_that_are_there_or_described(
+    length: type, make_config: Callable[..., Any], fake_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = dict(plan_lines(make_config("grpo")))
+    assert "1 ranks = tensor 1 x pipeline 1 x context 1 x data 1, one process each" in here["placement"]
+    described = dict(plan_lines(make_config("grpo", cluster=ClusterConfig(described="1x1x80"))))
+    assert "one GPU each" in described["placement"]
+    assert "memory per GPU, trained model" in described
+    monkeypatch.setattr("align_core.stages.dry_run.cuda_gpus", lambda: 1)
+    assert "one GPU each" in dict(plan_lines(make_config("grpo")))["placement"]
+    on_cpu = make_config("grpo", training=TrainingConfig(device="cpu"))
+    assert "one process each" in dict(plan_lines(on_cpu))["placement"]
+
+
+def test_cuda_needs_a_gpu_here_or_a_described_cluster(
+    length: type, make_config: Callable[..., Any], fake_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = {"training": TrainingConfig(device="cuda"), "engine": EngineConfig(name="fake", context=64, device="cuda")}
+    config = make_config("grpo", **cuda)
+    with pytest.raises(
+        ConfigError, match=r"training.device and engine.device 'cuda' needs a GPU, and torch finds none"
+    ):
+        plan_lines(config)
+    with pytest.raises(ConfigError, match="torch finds none here"):
+        run_grpo(config, fake_world())
+    assert not config.out.exists()
+    for cluster in (ClusterConfig(described="1x1x80"), ClusterConfig(address="auto")):
+        plan_lines(make_config("grpo", cluster=cluster, **cuda))
+    monkeypatch.setattr("align_core.stages.preflight.cuda_gpus", lambda: 1)
+    plan_lines(config)
+
+
+def test_engine_is_planned_for_every_stage_that_samples(length: type, make_config: Callable[..., Any]) -> None:
+    """Keys and values of a token: 2 x (half of the heads for them) x size x 4 bytes a layer."""
+    shape = read_model_shape(make_config("grpo").model)
+    engine = EngineConfig(name="fake", context=64, tensor=2, replicas=2)
+    line = dict(plan_lines(make_config("grpo", engine=engine)))["engine"]
+    sequence = 64 * 2 * (shape.kv_heads // 2) * shape.head_dim * shape.layers * 4 / 2**20
+    assert line.startswith("fake: 4 ranks = tensor 2 x replicas 2, beside the models; float32; a process holds ")
+    assert line.endswith(f"of weights and {sequence:.1f} MiB for each sequence of 64 tokens")
+
+
+def test_files_that_are_mixed_show_their_shares(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    """24 records: 18 of a file with 10, 6 of one with 4."""
+    config = make_config("sft")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(config.data.read_text().splitlines(keepends=True)[:4]))
+    plan = dict(plan_lines(make_config("sft", data=[f"{config.data}:3", f"{few}:1"], parallel=ParallelConfig(data=2))))
+    assert plan["data"].endswith("few.jsonl:1: 14 records")
+    assert plan[f"data {config.data}:3"] == "10 records, 75.0% of the batches: 1.80 epochs"
+    assert plan[f"data {few}:1"] == "4 records, 25.0% of the batches: 1.50 epochs"
+    assert plan["steps"] == "6 of 4 records"
+    assert plan["batches"].startswith("4 records a step, shared by 2 copies of the model; at most 64 tokens")
+
+
+def test_evaluations_are_planned(length: type, make_config: Callable[..., Any]) -> None:
+    config = make_config("grpo")
+    plan = dict(plan_lines(make_config("grpo", eval_data=config.data, evaluations=f"accuracy={config.data}")))
+    assert plan["evaluation"] == f"{config.data}: 10 records every 10 steps"
+    assert plan["evaluations"] == f"accuracy={config.data} every 10 steps"
 
 
 def test_tokenizer_of_another_model_is_told(make_config: Callable[..., Any], tmp_path: Path) -> None:

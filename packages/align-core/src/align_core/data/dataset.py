@@ -73,6 +73,12 @@ class Dataset(Sequence[Record], Generic[Record]):
         """What a continued run compares: each file's size, records and hash, not its place."""
         return [file.fingerprint() for file in self._files]
 
+    def shares(self) -> list[tuple[int, float]]:
+        """Of each file its records and its share of the batches; shares add up to 1."""
+        sizes = [len(file) for file in self._files]
+        ratios = self._ratios or sizes
+        return [(size, ratio / sum(ratios)) for size, ratio in zip(sizes, ratios)]
+
     def _place(self, index: int) -> tuple[LineRecords[Record], int]:
         row = range(len(self))[index]
         number = bisect_right(self._ends, row)

@@ -1,6 +1,6 @@
 """What a stage would do, from its settings, its data and the model's config.json; nothing is started or written."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from align_core.config import (
 )
 from align_core.data.dataset import Dataset
 from align_core.data.files import DataFiles
-from align_core.data.records import read_marked, read_preferences, read_ranked, read_sft
-from align_core.memory import ModelMemory, models_memory
+from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
+from align_core.doctor import cuda_gpus
+from align_core.memory import ModelMemory, engine_memory, models_memory
 from align_core.model_shape import ModelShape, read_model_shape
 from align_core.stages.gpu_plan import gpu_lines, roles
 from align_core.stages.preflight import open_tokenizer
@@ -43,11 +44,13 @@ def plan_lines(config: StageConfig) -> list[Line]:
     """
     records = _checked_records(config)
     shape = read_model_shape(config.model)
+    device = "GPU" if _on_gpus(config) else "process"
     return [
-        *_model_lines(config, shape),
+        *_model_lines(config, shape, device),
+        *(_engine_lines(config, shape, device) if isinstance(config, PolicyConfig) else ()),
         *_data_lines(config, records),
         *([("warning", config.sampling_bias)] if isinstance(config, PolicyConfig) and config.sampling_bias else []),
-        *_memory_lines(config),
+        *_memory_lines(config, device),
         *_file_lines(config, shape),
     ]
 
@@ -64,7 +67,14 @@ def _checked_records(config: StageConfig) -> Dataset[Any]:
     return records
 
 
-def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
+def _on_gpus(config: StageConfig) -> bool:
+    """Whether it is known that models are on GPUs; of a cluster that is to be joined it is not."""
+    if config.cluster.described:
+        return True
+    return config.training.device != "cpu" and config.cluster.address is None and cuda_gpus() > 0
+
+
+def _model_lines(config: StageConfig, shape: ModelShape, device: str) -> Iterator[Line]:
     parallel = config.parallel
     yield (
         "model",
@@ -77,30 +87,59 @@ def _model_lines(config: StageConfig, shape: ModelShape) -> Iterator[Line]:
         f"{where}: {parallel.world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
         f"context {parallel.context} x data {parallel.data}"
         + (f" (experts over {parallel.expert})" if parallel.expert > 1 else "")
-        + f", one GPU each; {config.training.dtype}",
+        + f", one {device} each; {config.training.dtype}",
+    )
+
+
+def _engine_lines(config: PolicyConfig, shape: ModelShape, device: str) -> Iterator[Line]:
+    engine, memory = config.engine, engine_memory(shape, config.engine)
+    where = "beside the models" if config.cluster.placement == "colocated" else f"each {device} for itself"
+    yield (
+        "engine",
+        f"{engine.name}: {engine.tensor * engine.replicas} ranks = tensor {engine.tensor} x replicas "
+        f"{engine.replicas}, {where}; {engine.dtype}; a {device} holds {_size(memory.weights)} of weights and "
+        f"{_size(memory.sequence)} for each sequence of {engine.context:,} tokens",
     )
 
 
 def _data_lines(config: StageConfig, records: Dataset[Any]) -> Iterator[Line]:
-    yield "data", f"{_shown(config.data)}: {len(records):,} records"
-    epochs = config.steps * config.batch_size / len(records)
-    yield "steps", f"{config.steps:,} of {config.batch_size:,} records: {epochs:.2f} epochs"
-    per_rank = config.batch_size / config.parallel.data
+    words = [str(config.data)] if isinstance(config.data, Path) else config.data
+    yield "data", f"{', '.join(words)}: {len(records):,} records"
+    drawn = config.steps * config.batch_size
+    epochs = [drawn * share / size for size, share in records.shares()]
+    if len(words) > 1:
+        for word, (size, share), each in zip(words, records.shares(), epochs):
+            yield f"data {word}", f"{size:,} records, {share:.1%} of the batches: {each:.2f} epochs"
+    once = f": {epochs[0]:.2f} epochs" if len(words) == 1 else ""
+    yield "steps", f"{config.steps:,} of {config.batch_size:,} records{once}"
+    copies = config.parallel.data
     yield (
         "batches",
-        f"{per_rank:g} records a rank and step, at most {config.max_length:,} tokens a sequence, packed into "
-        f"micro-batches of {config.training.micro_batch_tokens:,} tokens",
+        f"{config.batch_size:,} records a step"
+        + (f", shared by {copies} copies of the model" if copies > 1 else "")
+        + f"; at most {config.max_length:,} tokens a sequence, packed into micro-batches of "
+        f"{config.training.micro_batch_tokens:,} tokens",
     )
-    if isinstance(config, OfflineConfig) and config.eval_data:
-        held_out = _READERS[type(config)](config.eval_data)
-        yield "evaluation", f"{_shown(config.eval_data)}: {len(held_out):,} records every {config.eval_every:,} steps"
+    yield from _evaluation_lines(config)
 
 
-def _memory_lines(config: StageConfig) -> Iterator[Line]:
+def _evaluation_lines(config: StageConfig) -> Iterator[Line]:
+    if isinstance(config, (OfflineConfig, PolicyConfig)) and config.eval_data:
+        held_out = _READERS.get(type(config), read_prompts)(config.eval_data)
+        shown = str(config.eval_data) if isinstance(config.eval_data, Path) else ", ".join(config.eval_data)
+        yield "evaluation", f"{shown}: {len(held_out):,} records every {config.eval_every:,} steps"
+    if isinstance(config, PolicyConfig) and config.evaluations:
+        yield "evaluations", f"{config.evaluations} every {config.eval_every:,} steps"
+
+
+def _memory_lines(config: StageConfig, device: str) -> Iterator[Line]:
     models = [(role.name, role.memory(config)) for role in roles(config)]
     for name, memory in models:
-        yield f"memory per GPU, {name}", _memory_text(memory)
-    yield "memory per GPU, in all", f"about {_size(models_memory([memory for _, memory in models]))}, and the runtime"
+        yield f"memory per {device}, {name}", _memory_text(memory)
+    yield (
+        f"memory per {device}, models in all",
+        f"about {_size(models_memory([memory for _, memory in models]))}, and the runtime",
+    )
     if config.cluster.described:
         yield from gpu_lines(config)
 
@@ -130,7 +169,3 @@ def _size(number: int) -> str:
 
 def _head(config: StageConfig) -> Head:
     return "score" if isinstance(config, RewardConfig) else "lm"
-
-
-def _shown(data: Path | Sequence[str]) -> str:
-    return str(data) if isinstance(data, Path) else ", ".join(data)

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from align_core import registry
 from align_core.config import PolicyConfig, ResponsesConfig, ScoreConfig, StageConfig
 from align_core.contracts import SupportsCheck
+from align_core.doctor import cuda_gpus
 from align_core.errors import CheckpointError, ConfigError
 from align_core.model_shape import read_model_shape
 from align_core.rewards.sources import BUILT_IN, check_name, parse_rewards, resolve
@@ -19,7 +20,7 @@ def open_tokenizer(config: StageConfig | ResponsesConfig) -> Tokenizer:
     Raises:
         CheckpointError: no model or tokenizer is there, or they do not belong together.
         ConfigError: sequences longer than the model has positions, a template that there is not, or what
-            `check_models`, `check_engine` and `check_rewards` refuse; so with LayoutError.
+            `check_devices`, `check_models`, `check_engine` and `check_rewards` refuse; so with LayoutError.
     """
     model = config.model
     tokenizer = load_tokenizer(model)
@@ -35,11 +36,25 @@ def open_tokenizer(config: StageConfig | ResponsesConfig) -> Tokenizer:
             f"max_length {config.max_length} is beyond the {shape.max_positions} positions of the model in "
             f"{str(model)!r}; set it to at most {shape.max_positions}"
         )
+    check_devices(config)
     check_models(config)
     if isinstance(config, PolicyConfig):
         check_engine(config)
         check_rewards(config, tokenizer)
     return tokenizer
+
+
+def check_devices(config: StageConfig | ResponsesConfig) -> None:
+    """Raises ConfigError for CUDA on this machine, which has none; another cluster's GPUs are not seen from here."""
+    wanted = {"training.device": config.training.device}
+    if isinstance(config, PolicyConfig):
+        wanted["engine.device"] = config.engine.device
+    names = [name for name, device in wanted.items() if device == "cuda"]
+    if names and not config.cluster.described and config.cluster.address is None and not cuda_gpus():
+        raise ConfigError(
+            f"{' and '.join(names)} 'cuda' needs a GPU, and torch finds none here; use 'cpu' or 'auto', or with "
+            "--dry-run say by cluster.described for which cluster to plan"
+        )
 
 
 def check_models(config: StageConfig | ResponsesConfig) -> None:
