@@ -119,9 +119,10 @@ def _stage(name: str) -> Callable[[list[str]], int]:
 def _print_plan(name: str, config: StageConfig) -> int:
     from align_core.stages.dry_run import plan_lines  # noqa: PLC0415
 
+    plan = plan_lines(config)
     console = Console()
     console.print(f"align {name} would do this (nothing is started or written):", markup=False)
-    for key, value in plan_lines(config):
+    for key, value in plan:
         console.print(f"  {key}: {value}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

@@ -48,7 +48,7 @@ def test_every_training_stage_has_a_plan_and_touches_nothing(
     assert "nothing is started or written" in shown
     for text in ("placement:", "10 records", "5 of 4 records: 2.00 epochs", "memory per process", "bytes written"):
         assert text in shown, shown
-    assert ("engine: vllm: 1 ranks" in shown) == samples
+    assert ("engine: vllm: 1 rank " in shown) == samples
     assert "GPU" not in shown, shown
 
 
@@ -61,6 +61,7 @@ def test_plan_says_what_the_stage_would_say(make_config: Callable[..., Any], tmp
             {"parallel": ParallelConfig(tensor=3)},
             "tensor parallel size 3 does not divide 4 attention heads; use 1, 2 or 4",
         ),
+        ({"trackers": ["wandbb"]}, "unknown tracker 'wandbb'; did you mean 'wandb'"),
         ({"parallel": ParallelConfig(pipeline=5)}, "pipeline parallel size 5 does not divide"),
     ):
         with pytest.raises(AlignError, match=message):
@@ -114,6 +115,17 @@ def test_missing_model_directory_is_told_alike_for_every_model(
         plan_lines(make_config("rlhf", **{**models, setting: Path("nope")}))
 
 
+def test_a_refused_plan_shows_the_refusal_alone(
+    make_config: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config("sft")
+    words = ["--model", str(config.model), "--data", "nowhere", "--out", str(config.out), "--dry-run"]
+    assert main(["sft", *words, "--max_length", "64"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("align: error: data file 'nowhere' does not exist; give a JSON-lines file of ")
+
+
 @pytest.mark.usefixtures("length")
 def test_sampling_that_biases_training_is_told(make_config: Callable[..., Any]) -> None:
     for sampling in (SamplingConfig(n=3, max_tokens=5, temperature=0.6), SamplingConfig(n=3, max_tokens=5, top_p=0.9)):
@@ -132,7 +144,7 @@ def test_devices_are_those_that_are_there_or_described(
     length: type, make_config: Callable[..., Any], fake_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = dict(plan_lines(make_config("grpo")))
-    assert "1 ranks = tensor 1 x pipeline 1 x context 1 x data 1, one process each" in here["placement"]
+    assert "1 rank = tensor 1 x pipeline 1 x context 1 x data 1, one process each" in here["placement"]
     described = dict(plan_lines(make_config("grpo", cluster=ClusterConfig(described="1x1x80"))))
     assert "one GPU each" in described["placement"]
     assert "memory per GPU, trained model" in described

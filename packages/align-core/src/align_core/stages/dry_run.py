@@ -84,11 +84,15 @@ def _model_lines(config: StageConfig, shape: ModelShape, device: str) -> Iterato
     where = "in this process" if config.cluster.in_process else f"Ray ({config.cluster.address or 'private'})"
     yield (
         "placement",
-        f"{where}: {parallel.world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+        f"{where}: {_ranks(parallel.world_size)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
         f"context {parallel.context} x data {parallel.data}"
         + (f" (experts over {parallel.expert})" if parallel.expert > 1 else "")
         + f", one {device} each; {config.training.dtype}",
     )
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank" if number == 1 else f"{number} ranks"
 
 
 def _engine_lines(config: PolicyConfig, shape: ModelShape, device: str) -> Iterator[Line]:
@@ -96,7 +100,7 @@ def _engine_lines(config: PolicyConfig, shape: ModelShape, device: str) -> Itera
     where = "beside the models" if config.cluster.placement == "colocated" else f"each {device} for itself"
     yield (
         "engine",
-        f"{engine.name}: {engine.tensor * engine.replicas} ranks = tensor {engine.tensor} x replicas "
+        f"{engine.name}: {_ranks(engine.tensor * engine.replicas)} = tensor {engine.tensor} x replicas "
         f"{engine.replicas}, {where}; {engine.dtype}; a {device} holds {_size(memory.weights)} of weights and "
         f"{_size(memory.sequence)} for each sequence of {engine.context:,} tokens",
     )

@@ -11,6 +11,7 @@ from align_core.model_shape import read_model_shape
 from align_core.rewards.sources import BUILT_IN, check_name, parse_rewards, resolve
 from align_core.stages.gpu_plan import roles
 from align_core.text import Tokenizer, load_tokenizer, resolve_template
+from align_core.trackers import check_trackers
 from align_core.types import Head
 
 
@@ -20,7 +21,8 @@ def open_tokenizer(config: StageConfig | ResponsesConfig) -> Tokenizer:
     Raises:
         CheckpointError: no model or tokenizer is there, or they do not belong together.
         ConfigError: sequences longer than the model has positions, a template that there is not, or what
-            `check_devices`, `check_models`, `check_engine` and `check_rewards` refuse; so with LayoutError.
+            `check_devices`, `check_models`, `check_trackers`, `check_engine` and `check_rewards` refuse; so with
+            LayoutError and MissingDependencyError.
     """
     model = config.model
     tokenizer = load_tokenizer(model)
@@ -38,6 +40,8 @@ def open_tokenizer(config: StageConfig | ResponsesConfig) -> Tokenizer:
         )
     check_devices(config)
     check_models(config)
+    if isinstance(config, StageConfig):
+        check_trackers(config.trackers)
     if isinstance(config, PolicyConfig):
         check_engine(config)
         check_rewards(config, tokenizer)
