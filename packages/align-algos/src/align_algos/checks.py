@@ -1,7 +1,8 @@
 """Refuse what a formula cannot mean, by the argument's name, before any arithmetic. Knows nothing about the formulas.
 
 A loss that meets a NaN, a shifted column or a wrong count still returns a number; these checks make it stop instead.
-Each loss makes one synchronisation with the device here, whatever the number of its columns.
+Reading a number waits for the device, so a loss reads once for all its columns per token and their count
+(`check_tokens`), and once more for offsets that are there.
 
 Legend: B sequences, N flat tokens.
 """
@@ -19,12 +20,23 @@ from align_algos.errors import InputError
 
 def check_columns(length_of: str, length: int, /, **columns: Tensor) -> None:
     """Every column is [length], floating point and finite; it holds one value per `length_of`, named in the error."""
+    _check_shapes(length_of, length, columns)
+    _read(columns)
+
+
+def check_tokens(mask_N: Tensor, num_tokens: int, /, **columns: Tensor) -> int:
+    """The columns are right for this mask, and `num_tokens` for its number of tokens; returns a safe divisor."""
+    _check_shapes("token", check_mask(mask_N), columns)
+    (inside,) = _read(columns, mask_N.sum())
+    return check_count("num_tokens", num_tokens, local=inside)
+
+
+def _check_shapes(length_of: str, length: int, columns: dict[str, Tensor]) -> None:
     for name, column in columns.items():
         if column.dim() != 1 or column.shape[0] != length:
             raise InputError(f"{name} has shape {list(column.shape)}; expected [{length}], one value per {length_of}")
         if not column.is_floating_point():
             raise InputError(f"{name} has dtype {column.dtype}; expected a floating point dtype")
-    _check_finite(columns)
 
 
 def check_mask(mask_N: Tensor) -> int:
@@ -113,11 +125,13 @@ def check_integers(name: str, x: Tensor, length: int) -> None:
         raise InputError(f"{name} has dtype {x.dtype}; expected an integer dtype")
 
 
-def _check_finite(columns: dict[str, Tensor]) -> None:
-    if not columns:
-        return
-    finite = torch.stack([torch.isfinite(column).all() for column in columns.values()])
-    for (name, column), good in zip(columns.items(), finite.tolist()):
+def _read(columns: dict[str, Tensor], *counts: Tensor) -> list[int]:
+    """The columns are finite; returns the counts."""
+    if not columns and not counts:
+        return []
+    finite = [torch.isfinite(column).all() for column in columns.values()]
+    values: list[int] = torch.stack([x.long() for x in (*finite, *counts)]).tolist()
+    for (name, column), good in zip(columns.items(), values):
         if not good:
             where = int((~torch.isfinite(column)).nonzero()[0])
             total = int((~torch.isfinite(column)).sum())
@@ -125,3 +139,4 @@ def _check_finite(columns: dict[str, Tensor]) -> None:
                 f"{name} holds {float(column[where])} at position {where} ({total} of {len(column)} values are not "
                 "finite); positions outside the mask must be finite too: fill them with 0"
             )
+    return values[len(columns) :]

@@ -20,30 +20,6 @@ from align_algos.reductions import working_precision
 MAX_RELATIVE_ERROR = 0.2
 
 
-def k1(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """log pi - log ref: unbiased, may be negative, high variance.
-
-    Args, Returns and Raises: as in `kl_estimate`.
-    """
-    return _log_ratio(logprobs_N, reference_logprobs_N)
-
-
-def k2(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2: never negative, biased, low variance.
-
-    Args, Returns and Raises: as in `kl_estimate`.
-    """
-    return _log_ratio(logprobs_N, reference_logprobs_N).square() / 2
-
-
-def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`.
-
-    Args, Returns and Raises: as in `kl_estimate`.
-    """
-    return exp_excess(-_log_ratio(logprobs_N, reference_logprobs_N))
-
-
 Estimator = Literal["k1", "k2", "k3"]
 ESTIMATORS: tuple[Estimator, ...] = ("k1", "k2", "k3")
 LossEstimator = Literal["k2", "k3"]
@@ -64,7 +40,39 @@ def kl_estimate(logprobs_N: Tensor, reference_logprobs_N: Tensor, *, estimator: 
     Source: J. Schulman, "Approximating KL Divergence", 2020, http://joschu.net/blog/kl-approx.html.
     """
     check_choice("estimator", estimator, ESTIMATORS)
-    return {"k1": k1, "k2": k2, "k3": k3}[estimator](logprobs_N, reference_logprobs_N)
+    check_columns("token", logprobs_N.numel(), logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
+    return estimate_of(working_precision(logprobs_N) - working_precision(reference_logprobs_N), estimator)
+
+
+def estimate_of(log_ratio_N: Tensor, estimator: Estimator) -> Tensor:
+    """The estimate from log pi - log ref, for losses, which have checked them."""
+    if estimator == "k3":
+        return exp_excess(-log_ratio_N)
+    return log_ratio_N if estimator == "k1" else log_ratio_N.square() / 2
+
+
+def k1(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """log pi - log ref: unbiased, may be negative, high variance.
+
+    Args, Returns and Raises: as in `kl_estimate`.
+    """
+    return kl_estimate(logprobs_N, reference_logprobs_N, estimator="k1")
+
+
+def k2(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """(log pi - log ref)^2 / 2: never negative, biased, low variance.
+
+    Args, Returns and Raises: as in `kl_estimate`.
+    """
+    return kl_estimate(logprobs_N, reference_logprobs_N, estimator="k2")
+
+
+def k3(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
+    """rho - 1 - log rho with rho = ref / pi: unbiased and never negative. rho is capped as in `ratios`.
+
+    Args, Returns and Raises: as in `kl_estimate`.
+    """
+    return kl_estimate(logprobs_N, reference_logprobs_N, estimator="k3")
 
 
 class KlController(Protocol):
@@ -148,11 +156,6 @@ class AdaptiveKl:
 
 
 _conforms: tuple[type[KlController], ...] = (FixedKl, AdaptiveKl)
-
-
-def _log_ratio(logprobs_N: Tensor, reference_logprobs_N: Tensor) -> Tensor:
-    check_columns("token", logprobs_N.numel(), logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
-    return working_precision(logprobs_N) - working_precision(reference_logprobs_N)
 
 
 def _check_observation(kl: float, num_samples: int) -> None:

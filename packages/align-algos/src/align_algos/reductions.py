@@ -9,12 +9,22 @@ Values outside the mask reach neither the result nor the gradient, however large
 Legend: B sequences, N flat tokens; sequence b is the tokens offsets[b] to offsets[b+1].
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from align_algos.checks import check_choice, check_columns, check_count, check_mask, check_number, check_offsets
+from align_algos import segments
+from align_algos.checks import (
+    check_choice,
+    check_columns,
+    check_count,
+    check_mask,
+    check_number,
+    check_offsets,
+    check_tokens,
+)
 from align_algos.errors import InputError
 
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
@@ -42,8 +52,7 @@ def segment_sum(x_N: Tensor, offsets: Tensor) -> Tensor:
         InputError: offsets that do not fit.
     """
     check_offsets(offsets, x_N.shape[0])
-    # index_add would add with atomics on CUDA, in a new order each run.
-    return torch.segment_reduce(x_N, "sum", offsets=offsets.to(x_N.device, torch.int64), initial=0.0, unsafe=True)
+    return segments.sums(x_N, offsets)
 
 
 def segment_lengths(mask_N: Tensor, offsets: Tensor) -> Tensor:
@@ -57,8 +66,7 @@ def segment_lengths(mask_N: Tensor, offsets: Tensor) -> Tensor:
         InputError: a mask that is not bool, or offsets that do not fit.
     """
     check_offsets(offsets, check_mask(mask_N))
-    running = torch.cat([mask_N.new_zeros(1, dtype=torch.int64), mask_N.cumsum(0)])
-    return running[offsets.to(mask_N.device, torch.int64)].diff()
+    return segments.lengths(mask_N, offsets)
 
 
 def per_token(x_B: Tensor, offsets: Tensor) -> Tensor:
@@ -72,7 +80,7 @@ def per_token(x_B: Tensor, offsets: Tensor) -> Tensor:
         InputError: a value that is not finite, a wrong shape, or offsets that do not fit.
     """
     check_columns("sequence", check_offsets(offsets, None), x_B=x_B)
-    return torch.repeat_interleave(x_B, offsets.diff().to(x_B.device, torch.int64))
+    return segments.spread(x_B, offsets, int(offsets[-1]))
 
 
 def token_mean(x_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> Tensor:
@@ -83,9 +91,7 @@ def token_mean(x_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> Tensor:
         mask_N: bool [N].
         num_tokens: tokens inside the mask in the global batch.
     """
-    check_columns("token", check_mask(mask_N), x_N=x_N)
-    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
-    return masked(x_N, mask_N).sum() / divisor
+    return masked(x_N, mask_N).sum() / check_tokens(mask_N, num_tokens, x_N=x_N)
 
 
 def sequence_mean(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences: int) -> Tensor:
@@ -100,9 +106,7 @@ def sequence_mean(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences
         num_sequences: sequences in the global batch.
     """
     check_columns("token", check_mask(mask_N), x_N=x_N)
-    divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, x_N.shape[0]))
-    lengths_B = segment_lengths(mask_N, offsets).clamp_min(1)
-    return (segment_sum(masked(x_N, mask_N), offsets) / lengths_B).sum() / divisor
+    return reducer(mask_N, 1, "sequence_mean", offsets=offsets, num_sequences=num_sequences)(x_N)
 
 
 def sequence_sum(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences: int, length: float = 1.0) -> Tensor:
@@ -118,9 +122,7 @@ def sequence_sum(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences:
         length: tokens; a constant of the run, never of the batch.
     """
     check_columns("token", check_mask(mask_N), x_N=x_N)
-    check_number("length", length, low=1.0)
-    divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, x_N.shape[0]))
-    return masked(x_N, mask_N).sum() / (divisor * length)
+    return reducer(mask_N, 1, "sequence_sum", offsets=offsets, num_sequences=num_sequences, length=length)(x_N)
 
 
 def reduce_tokens(
@@ -145,9 +147,34 @@ def reduce_tokens(
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "token_mean":
         return token_mean(x_N, mask_N, num_tokens=num_tokens)
+    check_columns("token", check_mask(mask_N), x_N=x_N)
+    return reducer(mask_N, 1, reduction, offsets=offsets, num_sequences=num_sequences, length=length)(x_N)
+
+
+def reducer(
+    mask_N: Tensor,
+    divisor: int,
+    reduction: Reduction,
+    *,
+    offsets: Tensor | None = None,
+    num_sequences: int | None = None,
+    length: float = 1.0,
+) -> Callable[[Tensor], Tensor]:
+    """`reduce_tokens` for losses, which have checked mask and columns, and may reduce several columns.
+
+    Args:
+        divisor: of the token mean, as `check_tokens` gave it.
+        Others and Raises: as in `reduce_tokens`.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    if reduction == "token_mean":
+        return lambda x_N: masked(x_N, mask_N).sum() / divisor
     if offsets is None or num_sequences is None:
         missing = "offsets" if offsets is None else "num_sequences"
         raise InputError(f"{missing} is None, but reduction {reduction!r} needs it; only 'token_mean' does without")
-    if reduction == "sequence_mean":
-        return sequence_mean(x_N, mask_N, offsets, num_sequences=num_sequences)
-    return sequence_sum(x_N, mask_N, offsets, num_sequences=num_sequences, length=length)
+    check_number("length", length, low=1.0)
+    sequences = check_count("num_sequences", num_sequences, local=check_offsets(offsets, mask_N.shape[0]))
+    if reduction == "sequence_sum":
+        return lambda x_N: masked(x_N, mask_N).sum() / (sequences * length)
+    lengths_B = segments.lengths(mask_N, offsets).clamp_min(1)
+    return lambda x_N: (segments.sums(masked(x_N, mask_N), offsets) / lengths_B).sum() / sequences

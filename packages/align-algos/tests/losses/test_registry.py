@@ -422,6 +422,28 @@ def test_every_number_is_checked(case: Case) -> None:
                 call(Case(case.name, numbers), batch, global_counts(case, batch))
 
 
+# Those without tokens and their one count. Scores, labels and pairs; tokens, rewards, pairs, and the offsets besides.
+READS = {"reward": 3, "online_dpo": 4}
+
+
+@every_loss
+def test_a_loss_waits_for_the_device_once_and_once_more_for_offsets(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted are the ways of torch to make a Python number of a tensor, and `nonzero`, whose result has its length."""
+    batch = make_batch(case, 14)
+    counts = global_counts(case, batch)
+    reads = []
+    ways = [(Tensor, name) for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero")]
+    for owner, name in [*ways, (torch, "nonzero")]:
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *x, _way=original, **y: reads.append(_way) or _way(*x, **y))
+    call(case, batch, counts)
+    monkeypatch.undo()
+    needs_offsets = case.unit != "token" and "mask_N" in batch
+    assert len(reads) == READS.get(case.name, 2 if needs_offsets else 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_loss

@@ -9,7 +9,6 @@ from align_algos.checks import check_number
 from align_algos.losses.output import LossOutput
 from align_algos.losses.policy_terms import policy_metrics, policy_terms, weighted
 from align_algos.ratios import exp_ratio
-from align_algos.reductions import token_mean
 
 
 def cispo_loss(
@@ -41,5 +40,5 @@ def cispo_loss(
     ratio_N = exp_ratio(terms.log_ratio_N.detach())
     clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
     loss_N = -clipped_N * terms.advantages_N * terms.logprobs_N
-    loss = token_mean(weighted(loss_N, terms), mask_N, num_tokens=num_tokens)
+    loss = weighted(loss_N, terms).sum() / terms.divisor
     return LossOutput(loss, policy_metrics(loss, terms, clipped_N != ratio_N))

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_mask, check_number
+from align_algos.checks import check_number, check_tokens
 from align_algos.losses.output import LossOutput
-from align_algos.reductions import token_mean
+from align_algos.reductions import masked
 
 
 def entropy_loss(entropy_N: Tensor, mask_N: Tensor, *, num_tokens: int, coef: float) -> LossOutput:
@@ -21,7 +21,6 @@ def entropy_loss(entropy_N: Tensor, mask_N: Tensor, *, num_tokens: int, coef: fl
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 9 (S); Mnih et al. 2016, arXiv:1602.01783, section 4.
     """
-    check_columns("token", check_mask(mask_N), entropy_N=entropy_N)
     check_number("coef", coef, low=0.0)
-    entropy = token_mean(entropy_N, mask_N, num_tokens=num_tokens)
+    entropy = masked(entropy_N, mask_N).sum() / check_tokens(mask_N, num_tokens, entropy_N=entropy_N)
     return LossOutput(-coef * entropy, {"entropy": entropy.detach()})

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from align_algos.checks import check_choice, check_number
 from align_algos.errors import InputError
-from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, kl_estimate
+from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, estimate_of
 from align_algos.losses.output import LossOutput
-from align_algos.losses.ppo_policy import ppo_policy_loss
-from align_algos.reductions import Reduction, reduce_tokens
+from align_algos.losses.policy_terms import clipped_policy, policy_terms
+from align_algos.reductions import Reduction, reducer
 
 
 def grpo_loss(
@@ -56,30 +56,18 @@ def grpo_loss(
     check_choice("kl_estimator", kl_estimator, LOSS_ESTIMATORS)
     if reference_logprobs_N is None and kl_coef > 0:
         raise InputError(f"kl_coef is {kl_coef} but reference_logprobs_N is None; give the reference or kl_coef=0")
-    loss, metrics = ppo_policy_loss(
+    terms = policy_terms(
         logprobs_N,
         old_logprobs_N,
         advantages_N,
         mask_N,
         num_tokens=num_tokens,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
         weights_N=weights_N,
-        reduction=reduction,
-        offsets=offsets,
-        num_sequences=num_sequences,
-        length=length,
+        reference_logprobs_N=reference_logprobs_N,
     )
-    if reference_logprobs_N is None:
+    reduce = reducer(mask_N, terms.divisor, reduction, offsets=offsets, num_sequences=num_sequences, length=length)
+    loss, metrics = clipped_policy(terms, reduce, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    if terms.reference_log_ratio_N is None:
         return LossOutput(loss, metrics)
-    kl = reduce_tokens(
-        kl_estimate(logprobs_N, reference_logprobs_N.detach(), estimator=kl_estimator),
-        mask_N,
-        reduction=reduction,
-        num_tokens=num_tokens,
-        offsets=offsets,
-        num_sequences=num_sequences,
-        length=length,
-    )
+    kl = reduce(estimate_of(terms.reference_log_ratio_N, kl_estimator))
     return LossOutput(loss + kl_coef * kl, {**metrics, "kl": kl.detach()})

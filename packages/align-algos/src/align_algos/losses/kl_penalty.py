@@ -5,10 +5,10 @@ Legend: N flat tokens.
 
 from torch import Tensor
 
-from align_algos.checks import check_choice, check_columns, check_mask, check_number
-from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, kl_estimate
+from align_algos.checks import check_choice, check_number, check_tokens
+from align_algos.kl import LOSS_ESTIMATORS, LossEstimator, estimate_of
 from align_algos.losses.output import LossOutput
-from align_algos.reductions import token_mean
+from align_algos.reductions import masked
 
 
 def kl_loss(
@@ -36,11 +36,11 @@ def kl_loss(
     Source: Shao et al. 2024, arXiv:2402.03300, eq. 4 (k3 as a loss); the estimators: J. Schulman, "Approximating KL
         Divergence", 2020, http://joschu.net/blog/kl-approx.html.
     """
-    check_mask(mask_N)
     check_choice("estimator", estimator, LOSS_ESTIMATORS)
     check_number("coef", coef, low=0.0)
-    kl_N = kl_estimate(logprobs_N, reference_logprobs_N.detach(), estimator=estimator)
-    kl = token_mean(kl_N, mask_N, num_tokens=num_tokens)
+    divisor = check_tokens(mask_N, num_tokens, logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
+    log_ratio_N = masked(logprobs_N, mask_N) - masked(reference_logprobs_N, mask_N).detach()
+    kl = estimate_of(log_ratio_N, estimator).sum() / divisor
     return LossOutput(coef * kl, {"kl": kl.detach()})
 
 
@@ -54,7 +54,6 @@ def vocab_kl_loss(kl_N: Tensor, mask_N: Tensor, *, num_tokens: int, coef: float)
         metrics `kl`: mean, nats.
     Source: Stiennon et al. 2020, arXiv:2009.01325, section 3.4 (KL to the supervised model), there estimated.
     """
-    check_columns("token", check_mask(mask_N), kl_N=kl_N)
     check_number("coef", coef, low=0.0)
-    kl = token_mean(kl_N, mask_N, num_tokens=num_tokens)
+    kl = masked(kl_N, mask_N).sum() / check_tokens(mask_N, num_tokens, kl_N=kl_N)
     return LossOutput(coef * kl, {"kl": kl.detach()})

@@ -6,9 +6,10 @@ Legend: B sequences, N flat tokens.
 import torch
 from torch import Tensor
 
+from align_algos import segments
 from align_algos.checks import check_columns, check_count, check_flags, check_mask, check_number, check_offsets
 from align_algos.losses.output import LossOutput
-from align_algos.reductions import masked, segment_sum
+from align_algos.reductions import masked
 
 
 def kto_loss(
@@ -86,4 +87,4 @@ def _log_ratios(
 ) -> tuple[Tensor, int]:
     check_columns("token", check_mask(mask_N), logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
     divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, mask_N.shape[0]))
-    return segment_sum(masked(logprobs_N, mask_N) - masked(reference_logprobs_N, mask_N).detach(), offsets), divisor
+    return segments.sums(masked(logprobs_N, mask_N) - masked(reference_logprobs_N, mask_N).detach(), offsets), divisor

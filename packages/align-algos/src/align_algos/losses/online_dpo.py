@@ -8,10 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from align_algos.checks import check_choice, check_columns, check_count, check_groups, check_mask, check_number
+from align_algos import segments
+from align_algos.checks import (
+    check_choice,
+    check_columns,
+    check_count,
+    check_groups,
+    check_mask,
+    check_number,
+    check_offsets,
+)
 from align_algos.losses.output import LossOutput
 from align_algos.losses.pairs import Pairs, pair_output, smoothed_sigmoid
-from align_algos.reductions import masked, segment_lengths, segment_sum
+from align_algos.reductions import masked
 
 PairChoice = Literal["all", "best_vs_rest", "best_vs_worst"]
 PAIR_CHOICES: tuple[PairChoice, ...] = ("all", "best_vs_rest", "best_vs_worst")
@@ -46,9 +55,10 @@ def online_dpo_loss(
     """
     check_number("beta", beta, low=0.0)
     check_columns("token", check_mask(mask_N), logprobs_N=logprobs_N, reference_logprobs_N=reference_logprobs_N)
-    ratio_B = segment_sum(masked(logprobs_N, mask_N) - masked(reference_logprobs_N, mask_N).detach(), offsets)
+    check_offsets(offsets, mask_N.shape[0])
+    ratio_B = segments.sums(masked(logprobs_N, mask_N) - masked(reference_logprobs_N, mask_N).detach(), offsets)
     if length_normalised:
-        ratio_B = ratio_B / segment_lengths(mask_N, offsets).clamp_min(1)
+        ratio_B = ratio_B / segments.lengths(mask_N, offsets).clamp_min(1)
     check_columns("sequence", ratio_B.shape[0], rewards_B=rewards_B)
     chosen, rejected = torch.nonzero(_preferences(rewards_B, group_B, pairs), as_tuple=True)
     divisor = check_count("num_pairs", num_pairs, local=chosen.shape[0])

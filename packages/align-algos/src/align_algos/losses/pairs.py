@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from align_algos import segments
 from align_algos.checks import check_columns, check_count, check_mask, check_number, check_offsets
 from align_algos.errors import InputError
 from align_algos.losses.output import LossOutput
-from align_algos.reductions import masked, segment_lengths, segment_sum
+from align_algos.reductions import masked
 
 
 class Pairs(NamedTuple):
@@ -52,7 +53,7 @@ def pair_log_ratios(
     value_N = masked(logprobs_N, mask_N)
     if reference_logprobs_N is not None:
         value_N = value_N - masked(reference_logprobs_N, mask_N).detach()
-    value_B, length_B = segment_sum(value_N, offsets), segment_lengths(mask_N, offsets)
+    value_B, length_B = segments.sums(value_N, offsets), segments.lengths(mask_N, offsets)
     if length_normalised:
         value_B = value_B / length_B.clamp_min(1)
     chosen_P, rejected_P = value_B[0::2], value_B[1::2]

@@ -3,23 +3,27 @@
 Knows nothing about how tokens are summed. Legend: N flat tokens; a log-ratio may be per token [N] or per sequence [B].
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_count, check_mask, check_number
+from align_algos.checks import check_number, check_tokens
 from align_algos.errors import InputError
+from align_algos.losses.output import LossOutput
 from align_algos.ratios import MAX_LOG_RATIO, exp_excess, exp_ratio
 from align_algos.reductions import masked
 
 
 class PolicyTerms(NamedTuple):
-    """Columns in working precision, 0 outside the mask; all but the first two are constants."""
+    """Columns in working precision, 0 outside the mask; what the policy is not part of is a constant."""
 
     logprobs_N: Tensor
     log_ratio_N: Tensor
     advantages_N: Tensor
     weights_N: Tensor | None
+    reference_log_ratio_N: Tensor | None
+    """log pi - log ref, with gradient to log pi; None without a reference."""
     divisor: int
 
 
@@ -31,28 +35,29 @@ def policy_terms(
     *,
     num_tokens: int,
     weights_N: Tensor | None = None,
+    reference_logprobs_N: Tensor | None = None,
 ) -> PolicyTerms:
     """Check the columns of a policy loss and take what is inside the mask.
 
     Raises:
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     """
-    optional = {} if weights_N is None else {"weights_N": weights_N}
-    check_columns(
-        "token",
-        check_mask(mask_N),
+    optional = {"weights_N": weights_N, "reference_logprobs_N": reference_logprobs_N}
+    divisor = check_tokens(
+        mask_N,
+        num_tokens,
         logprobs_N=logprobs_N,
         old_logprobs_N=old_logprobs_N,
         advantages_N=advantages_N,
-        **optional,
+        **{name: column for name, column in optional.items() if column is not None},
     )
-    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
     logprobs_N = masked(logprobs_N, mask_N)
     return PolicyTerms(
         logprobs_N,
         logprobs_N - masked(old_logprobs_N, mask_N).detach(),
         masked(advantages_N, mask_N).detach(),
         None if weights_N is None else masked(weights_N, mask_N).detach(),
+        None if reference_logprobs_N is None else logprobs_N - masked(reference_logprobs_N, mask_N).detach(),
         divisor,
     )
 
@@ -79,6 +84,22 @@ def clipped_surrogate(
         beyond = (advantages < 0) & (loss > highest)
         loss, removed = highest.where(beyond, loss), removed | beyond
     return loss, removed
+
+
+def clipped_policy(
+    terms: PolicyTerms,
+    reduce: Callable[[Tensor], Tensor],
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+) -> LossOutput:
+    """The clipped surrogate of each token, weighted and reduced, with its metrics."""
+    loss_N, removed_N = clipped_surrogate(
+        terms.log_ratio_N, terms.advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )
+    loss = reduce(weighted(loss_N, terms))
+    return LossOutput(loss, policy_metrics(loss, terms, removed_N))
 
 
 def weighted(loss_N: Tensor, terms: PolicyTerms) -> Tensor:

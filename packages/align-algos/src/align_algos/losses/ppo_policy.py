@@ -6,8 +6,8 @@ Legend: B sequences, N flat tokens.
 from torch import Tensor
 
 from align_algos.losses.output import LossOutput
-from align_algos.losses.policy_terms import clipped_surrogate, policy_metrics, policy_terms, weighted
-from align_algos.reductions import Reduction, reduce_tokens
+from align_algos.losses.policy_terms import clipped_policy, policy_terms
+from align_algos.reductions import Reduction, reducer
 
 
 def ppo_policy_loss(
@@ -50,16 +50,5 @@ def ppo_policy_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; dual clip: Ye et al. 2019, arXiv:1912.09729.
     """
     terms = policy_terms(logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens=num_tokens, weights_N=weights_N)
-    loss_N, removed_N = clipped_surrogate(
-        terms.log_ratio_N, terms.advantages_N, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-    )
-    loss = reduce_tokens(
-        weighted(loss_N, terms),
-        mask_N,
-        reduction=reduction,
-        num_tokens=num_tokens,
-        offsets=offsets,
-        num_sequences=num_sequences,
-        length=length,
-    )
-    return LossOutput(loss, policy_metrics(loss, terms, removed_N))
+    reduce = reducer(mask_N, terms.divisor, reduction, offsets=offsets, num_sequences=num_sequences, length=length)
+    return clipped_policy(terms, reduce, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)

@@ -5,10 +5,10 @@ Legend: B sequences, N flat tokens.
 
 from torch import Tensor
 
+from align_algos import segments
 from align_algos.checks import check_count, check_offsets
 from align_algos.losses.output import LossOutput
 from align_algos.losses.policy_terms import clipped_surrogate, policy_metrics, policy_terms
-from align_algos.reductions import masked, per_token, segment_lengths, segment_sum
 
 
 def sequence_surrogate(
@@ -31,9 +31,9 @@ def sequence_surrogate(
     """
     terms = policy_terms(logprobs_N, old_logprobs_N, advantages_N, mask_N, num_tokens=num_tokens, weights_N=weights_N)
     divisor = check_count("num_sequences", num_sequences, local=check_offsets(offsets, mask_N.shape[0]))
-    length_B = segment_lengths(mask_N, offsets).clamp_min(1)
-    log_ratio_B = segment_sum(terms.log_ratio_N, offsets)
-    advantages_B = segment_sum(terms.advantages_N, offsets) / length_B
+    length_B = segments.lengths(mask_N, offsets).clamp_min(1)
+    log_ratio_B = segments.sums(terms.log_ratio_N, offsets)
+    advantages_B = segments.sums(terms.advantages_N, offsets) / length_B
     loss_B, removed_B = clipped_surrogate(
         log_ratio_B / length_B if mean_ratio else log_ratio_B,
         advantages_B,
@@ -41,7 +41,7 @@ def sequence_surrogate(
         clip_high=clip_high,
     )
     if terms.weights_N is not None:
-        loss_B = loss_B * (segment_sum(terms.weights_N, offsets) / length_B)
+        loss_B = loss_B * (segments.sums(terms.weights_N, offsets) / length_B)
     loss = loss_B.sum() / divisor
-    removed_N = masked(per_token(removed_B.to(loss.dtype), offsets), mask_N)
+    removed_N = segments.spread(removed_B, offsets, mask_N.shape[0]) & mask_N
     return LossOutput(loss, policy_metrics(loss, terms, removed_N))

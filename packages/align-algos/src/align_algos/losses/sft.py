@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_count, check_mask
+from align_algos.checks import check_tokens
 from align_algos.losses.output import LossOutput
 from align_algos.reductions import masked
 
@@ -23,7 +23,6 @@ def sft_loss(logprobs_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> LossOutp
         InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.
     """
-    check_columns("token", check_mask(mask_N), logprobs_N=logprobs_N)
-    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
+    divisor = check_tokens(mask_N, num_tokens, logprobs_N=logprobs_N)
     loss = -masked(logprobs_N, mask_N).sum() / divisor
     return LossOutput(loss, {"nll": loss.detach()})

@@ -6,7 +6,7 @@ Legend: N flat tokens.
 import torch
 from torch import Tensor
 
-from align_algos.checks import check_columns, check_count, check_mask, check_number
+from align_algos.checks import check_number, check_tokens
 from align_algos.losses.output import LossOutput
 from align_algos.reductions import masked
 
@@ -41,10 +41,9 @@ def value_loss(
     Source: Schulman et al. 2017, arXiv:1707.06347, section 5 (squared error); clipping: Schulman et al.'s released
         code (openai/baselines, ppo2), described in Engstrom et al. 2020, arXiv:2005.12729, section 3.
     """
-    check_columns("token", check_mask(mask_N), values_N=values_N, old_values_N=old_values_N, returns_N=returns_N)
     if clip is not None:
         check_number("clip", clip, low=0.0)
-    divisor = check_count("num_tokens", num_tokens, local=int(mask_N.sum()))
+    divisor = check_tokens(mask_N, num_tokens, values_N=values_N, old_values_N=old_values_N, returns_N=returns_N)
     values_N = masked(values_N, mask_N)
     old_values_N = masked(old_values_N, mask_N).detach()
     returns_N = masked(returns_N, mask_N).detach()
