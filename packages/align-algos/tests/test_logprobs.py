@@ -172,8 +172,15 @@ def test_wrong_input_is_refused_by_name(changes: dict[str, object], message: str
         token_logprobs(**arguments)
 
 
-def test_vocabulary_split_over_two_processes_equals_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TP=2 on gloo: values and gradients, with padding, with a rank that holds only padding, in three dtypes."""
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
+def test_vocabulary_split_over_two_processes_equals_one(
+    device_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TP=2: values and gradients of all ways, with padding, with a rank that holds only padding, in three dtypes."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))  # the spawned processes import the worker by name
     worker = importlib.import_module("vocab_parallel_worker")
-    torch.multiprocessing.spawn(worker.main, args=(str(tmp_path / "rendezvous"),), nprocs=worker.RANKS)
+    arguments = (str(tmp_path / "rendezvous"), device_type)
+    torch.multiprocessing.spawn(worker.main, args=arguments, nprocs=worker.RANKS)
