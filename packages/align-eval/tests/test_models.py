@@ -1,11 +1,11 @@
-"""Names and fingerprints of model directories."""
+"""Names of model directories, and their conversion."""
 
 from pathlib import Path
 
 import pytest
 
 from align_core.errors import CheckpointError, ConfigError
-from align_eval.models import fingerprint, hugging_face, model_names
+from align_eval.models import hugging_face, model_names
 
 
 def test_models_are_named_by_their_shortest_distinct_ends() -> None:
@@ -21,23 +21,6 @@ def test_models_are_named_by_their_shortest_distinct_ends() -> None:
 def test_malformed_model_name_is_refused(model: str) -> None:
     with pytest.raises(ConfigError, match="NAME=DIR"):
         model_names([model])
-
-
-def test_fingerprint_changes_with_content_and_not_with_the_place(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(3_000_000))
-    first = fingerprint(tmp_path / "a")
-    assert fingerprint(tmp_path / "b") == first
-    (tmp_path / "b" / "notes.md").write_text("x")
-    assert fingerprint(tmp_path / "b") == first
-    changed = bytearray(3_000_000)
-    changed[-1] = 1
-    (tmp_path / "b" / "model.safetensors").write_bytes(changed)
-    assert fingerprint(tmp_path / "b") != first
-    (tmp_path / "a" / "config.json").write_text('{"a": 1}')
-    assert fingerprint(tmp_path / "a") != first
 
 
 def test_megatron_checkpoint_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def _interrupted(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _write(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -116,6 +120,23 @@ def test_an_existing_file_is_kept(model: Path, tmp_path: Path, capsys: pytest.Ca
     assert out.read_text() == "mine\n"
     assert cli.main([*words, "--overwrite"]) == 0
     assert json.loads(out.read_text())["response"] == "bcdef"
+
+
+@pytest.mark.parametrize("change", ["weights", "--dtype=bfloat16", "--context=1024", "--engine=other"])
+def test_an_interrupted_job_is_not_continued_by_another_model_or_engine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    prompts, out = _write(tmp_path / "p.jsonl", '{"prompt": "a"}'), tmp_path / "out.jsonl"
+    words = ["generate", str(prompts), str(out), "--model", str(model)]
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(cli, "write_records", _interrupted)
+        assert cli.main(words) == 130
+    if change == "weights":
+        save_bigram(tmp_path, {"bigram.weight": np.ones((8, 8), np.float32), "bias": np.zeros(8, np.float32)}, eos_id=1)
+    assert cli.main(words if change == "weights" else [*words, change]) == 2
+    assert "a job with other settings, or another model" in capsys.readouterr().err
+    if change != "weights":
+        assert cli.main(words) == 0
 
 
 def test_an_unknown_engine_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,8 @@
-"""Model directories: names, fingerprints, and engines started on them. Megatron checkpoints are converted on the way.
+"""Model directories: names, and engines started on them. Megatron checkpoints are converted on the way.
 
 Engines and the converter are found through entry points; nothing here knows which they are.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,9 @@ from align_core import registry
 from align_core.config import EngineConfig
 from align_core.contracts import Command, RolloutEngine
 from align_core.errors import CheckpointError, ConfigError, DataError
+from align_core.fingerprint import fingerprint
 
 _MEGATRON = ("latest_checkpointed_iteration.txt", "mp_rank_*", ".metadata")  # any of them in a Megatron directory
-_SAMPLED_BYTES = 2**16
-_SAMPLES_A_FILE = 32
-_LEFT_OUT = frozenset({".md", ".jsonl", ".log", ".py"})  # what does not change answers
 
 
 @runtime_checkable
@@ -76,29 +73,6 @@ def check_directories(models: dict[str, Path]) -> None:
     for path in models.values():
         if not path.is_dir():
             raise DataError(f"model directory {str(path)!r} does not exist")
-
-
-def fingerprint(directory: Path) -> str:
-    """16 hexadecimal digits that change when the model does: from the names, sizes and samples of all its files.
-
-    Each file is read at its ends and at evenly spaced places, 2 MiB in all, so that 70B weights take a second. An
-    update of training moves every weight, so samples see it; a copy of the directory has the same fingerprint.
-    """
-    total = hashlib.sha256()
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory)
-        if not path.is_file() or path.suffix in _LEFT_OUT or any(part.startswith(".") for part in name.parts[:-1]):
-            continue
-        size = path.stat().st_size
-        total.update(f"{name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            if size <= _SAMPLED_BYTES * _SAMPLES_A_FILE:
-                total.update(file.read())
-                continue
-            for sample in range(_SAMPLES_A_FILE):
-                file.seek((size - _SAMPLED_BYTES) * sample // (_SAMPLES_A_FILE - 1))
-                total.update(file.read(_SAMPLED_BYTES))
-    return total.hexdigest()[:16]
 
 
 def hugging_face(model: Path, *, work: Path) -> Path:

@@ -153,6 +153,8 @@ def test_changed_settings_and_changed_weights_ask_again(
     assert asked("--seed", 1) == 16
     assert asked("--template", "plain") == 16
     assert asked("--template", "human-assistant") == 0  # what auto had chosen
+    assert asked("--dtype", "bfloat16") == 16
+    assert asked("--context", 4000) == 16
     (model / "model.safetensors").write_bytes(b"weighty")
     assert asked() == 16
     summary = json.loads(Folder(tmp_path / "run").answer_summary("some-model").read_text())

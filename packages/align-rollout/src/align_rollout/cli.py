@@ -20,6 +20,7 @@ from align_core import registry
 from align_core.config import Device, Dtype, EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine, SupportsAsyncGenerate
 from align_core.errors import AlignError, ConfigError
+from align_core.fingerprint import fingerprint
 from align_core.text import TemplateName, load_tokenizer
 from align_rollout.bench import Load, measure, measure_beside_plain
 from align_rollout.checkpoint import read_model
@@ -61,7 +62,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model)
     prompts = encode(records, tokenizer, template=arguments.template, max_tokens=room)
     settings = {
-        "model": str(arguments.model.resolve()),
+        "model": fingerprint(arguments.model),
+        "engine": [config.name, config.dtype, config.context],
         "prompts": hashlib.sha256(arguments.prompts.read_bytes()).hexdigest(),
         "template": arguments.template,
         "sampling": dataclasses.asdict(sampling),

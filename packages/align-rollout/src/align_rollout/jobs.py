@@ -94,8 +94,8 @@ class Journal:
         settings = json.loads(lines[0]) if lines else None
         if settings != self._settings:
             raise ConfigError(
-                f"{str(self._path)!r} holds the beginning of a job with other settings; repeat those to continue it, "
-                "or remove the file"
+                f"{str(self._path)!r} holds the beginning of a job with other settings, or another model; "
+                "repeat those to continue it, or remove the file"
             )
         whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
         self.found = [_completion(json.loads(line)) for line in whole[1:]]

@@ -14,13 +14,14 @@ from pathlib import Path
 from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import RolloutEngine
 from align_core.errors import ConfigError
+from align_core.fingerprint import fingerprint
 from align_core.text import Tokenizer, load_tokenizer
 from align_core.types import FinishReason
 from align_eval.accuracy.completions import Answered, complete
 from align_eval.accuracy.tasks import Task
 from align_eval.accuracy.verdict import Verdict
 from align_eval.accuracy.verifiers import NumberVerifier, Verifier
-from align_eval.models import fingerprint, running_engine
+from align_eval.models import running_engine
 from align_eval.statistics import Interval, cluster_bootstrap, pass_at_k, wilson
 from align_eval.store import Store
 

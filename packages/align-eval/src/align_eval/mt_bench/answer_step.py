@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 
 from align_core.errors import ConfigError
+from align_core.fingerprint import fingerprint
 from align_core.text import load_tokenizer, resolve_template
 from align_eval.errors import UnansweredError
 from align_eval.judges import make_judge
-from align_eval.models import check_directories, engine_class, fingerprint, hugging_face, model_names, running_engine
+from align_eval.models import check_directories, engine_class, hugging_face, model_names, running_engine
 from align_eval.mt_bench.answering import answer_with_engine, answer_with_service, template_hash
 from align_eval.mt_bench.fastchat import write_answers
 from align_eval.mt_bench.folder import Folder
@@ -49,7 +50,7 @@ def _by_engine(arguments: argparse.Namespace, bench: Bench, folder: Folder) -> i
         tokenizer = load_tokenizer(directory)
         template = resolve_template(tokenizer, arguments.template)
         settings = AnswerSettings(
-            source=fingerprint(path),
+            source=f"{fingerprint(path)} {config.name} {config.dtype} {config.context}",
             template=template,
             template_hash=template_hash(tokenizer, template),
             max_tokens=arguments.max_tokens,

@@ -37,7 +37,7 @@ class AnswerSettings:
     """How answers are made."""
 
     source: str
-    """What answers: a fingerprint of the model's files, or a service's address and model."""
+    """What answers: a fingerprint of the model's files with engine, precision and context; or a service."""
     template: str
     """The template's definite name, or `server` where the service applies its own."""
     template_hash: str
