@@ -90,6 +90,9 @@ def token_mean(x_N: Tensor, mask_N: Tensor, *, num_tokens: int) -> Tensor:
         x_N: floating [N].
         mask_N: bool [N].
         num_tokens: tokens inside the mask in the global batch.
+    Returns: scalar, float32 (float64 for float64 values), with gradient.
+    Raises:
+        InputError: a value that is not finite, a wrong shape, or a count smaller than this micro-batch's own.
     """
     return masked(x_N, mask_N).sum() / check_tokens(mask_N, num_tokens, x_N=x_N)
 
@@ -104,6 +107,7 @@ def sequence_mean(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences
         mask_N: bool [N].
         offsets: int64 [B+1]; a sequence must not be cut between micro-batches.
         num_sequences: sequences in the global batch.
+    Returns and Raises: as in `token_mean`.
     """
     check_columns("token", check_mask(mask_N), x_N=x_N)
     return reducer(mask_N, 1, "sequence_mean", offsets=offsets, num_sequences=num_sequences)(x_N)
@@ -120,6 +124,7 @@ def sequence_sum(x_N: Tensor, mask_N: Tensor, offsets: Tensor, *, num_sequences:
         offsets: int64 [B+1].
         num_sequences: sequences in the global batch.
         length: tokens; a constant of the run, never of the batch.
+    Returns and Raises: as in `token_mean`.
     """
     check_columns("token", check_mask(mask_N), x_N=x_N)
     return reducer(mask_N, 1, "sequence_sum", offsets=offsets, num_sequences=num_sequences, length=length)(x_N)
@@ -142,7 +147,7 @@ def reduce_tokens(
             "sequence_sum" (sum over each sequence's tokens / `length`, then mean over sequences).
         offsets, num_sequences: needed by the two reductions over sequences.
         length: of `sequence_sum`.
-        Others: as in `token_mean`.
+        Others, Returns and Raises: as in `token_mean`; refused too is a reduction without what it needs.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "token_mean":

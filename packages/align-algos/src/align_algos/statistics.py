@@ -52,6 +52,8 @@ def moments(x_N: Tensor, mask_N: Tensor) -> Moments:
 def merge_moments(parts: Sequence[Moments]) -> Moments:
     """Of all values of the parts together, whatever their order. Over ranks: gather the five numbers of each first.
 
+    Args:
+        parts: on one device; one at least, of no values or more.
     Raises:
         InputError: no part at all.
     """
