@@ -32,6 +32,8 @@ def test_last_box_is_read_to_its_own_brace(text: str, boxed: str | None) -> None
         (r"\tfrac{1}2", r"\frac{1}{2}"),
         (r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{2})"),
         (r"5\text{ cm}", "5"),
+        (r"5\text{ cm}^2", "5"),
+        ("- 5", "-5"),
         (r"\text{Evelyn}", "Evelyn"),
         (r"90^\circ", "90"),
         (r"50\%", "50"),
@@ -51,7 +53,27 @@ def test_spellings_of_one_answer_compare_equal(left: str, right: str) -> None:
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [("72", "7200"), ("72", "0.72"), (r"\frac{1}{2}", r"\frac{2}{1}"), ("x", "y"), ("(1,2)", "(2,1)"), ("-3", "3")],
+    [
+        ("72", "7200"),
+        ("72", "0.72"),
+        (r"\frac{1}{2}", r"\frac{2}{1}"),
+        ("x", "y"),
+        ("(1,2)", "(2,1)"),
+        ("-3", "3"),
+        ("- 5", "5"),
+        ("4", r"4\pi"),
+        ("2", r"\sqrt{2}"),
+        ("3", "3i"),
+        ("3", "3!"),
+        ("7", "7x-y"),
+        (r"[3,\infty)", r"(3,\infty)"),
+        ("y^2", "x^2"),
+        ("x>3", "x<3"),
+        ("x>=5", "5"),
+        (r"5\text{ or }6", "56"),
+        (r"5\text{ or 6}", "5"),
+        (r"2\frac{1}{2}", r"\frac{21}{2}"),
+    ],
 )
 def test_different_answers_compare_different(left: str, right: str) -> None:
     assert not equal(left, right)

@@ -14,7 +14,7 @@ from align_core.contracts import RewardFunction
 from align_core.errors import DataError, choices
 from align_core.types import Score
 from align_eval.accuracy.equivalence import EquivalencePool
-from align_eval.accuracy.math import parse_number
+from align_eval.accuracy.math import whole_number
 from align_eval.accuracy.verdict import Verdict
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{|(?=\S))")
@@ -24,7 +24,7 @@ _SPELLINGS = (
     (re.compile(r"\\(?:left|right|bigl?|bigr?|Bigl?|Bigr?)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[,!;: ]|~|\\q?quad"), ""),
     (re.compile(r"\^\{?\\circ\}?|\\%|%|\\\$|\$"), ""),
-    (re.compile(r"(?<=[0-9)}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}"), ""),  # a unit
+    (re.compile(r"(?<=[0-9)}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}0-9]*\}(?:\s*\^\s*\{?[23]\}?)?\s*\Z"), ""),  # a unit
     (re.compile(r"\\(?:text|textbf|mbox|mathrm|mathbf|textit)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\frac\s*([0-9])\s*([0-9])"), r"\\frac{\1}{\2}"),
     (re.compile(r"\\frac\s*([0-9])\s*(?=\{)"), r"\\frac{\1}"),
@@ -34,6 +34,7 @@ _SPELLINGS = (
     (re.compile(r"(?<![0-9])\.(?=[0-9])"), "0."),
     (re.compile(r"\s+"), ""),
 )
+_NAME = re.compile(r"\A(?:[a-zA-Z][a-zA-Z0-9']?)?=")
 
 
 def gold_of(answer: object) -> str | None:
@@ -68,8 +69,7 @@ def normalise(text: str) -> str:
     text = text.strip().strip("$").strip().rstrip(".")
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
-    name, equals, value = text.partition("=")
-    return value if equals and len(name) <= 2 else text
+    return _NAME.sub("", text)
 
 
 def extract(completion: str) -> tuple[str, str]:
@@ -85,11 +85,12 @@ def extract(completion: str) -> tuple[str, str]:
 
 
 def equal(answer: str, gold: str) -> bool:
-    """Whether the two are the same text after normalisation, or the same number."""
-    if normalise(answer) == normalise(gold):
+    """Whether the two are the same text after normalisation, or both are numbers, and the same one."""
+    left, right = normalise(answer), normalise(gold)
+    if left == right:
         return True
-    number = parse_number(gold)
-    return number is not None and parse_number(answer) == number
+    number = whole_number(right)
+    return number is not None and whole_number(left) == number
 
 
 def grade(completions: Sequence[str], golds: Sequence[str], *, pool: EquivalencePool | None = None) -> list[Verdict]:

@@ -31,6 +31,12 @@ _NUMBER = re.compile(rf"(?<![\w.])-?{_DIGITS}(?:/[0-9]+)?")
 _CLOSES = re.compile(
     r"[.!?,;]*\s*(?:\Z|(?!(?:to|or|and|x|times|plus|minus|over)\s*-?[.0-9]|[a-z]+[0-9])[a-z(\"'])", re.IGNORECASE
 )
+_WORD = r"[^\W\d_]+(?:['/.-][^\W\d_]+)*[\"':]*"
+# One number among plain words, none of which touches it: `7x`, `5\pi` and `[3,` are other values than 7, 5 and 3.
+_AMONG_WORDS = re.compile(
+    rf"\s*(?:{_WORD}[.,;?]*\s+)*[€£]?([+-]?{_DIGITS}(?:/[0-9]+)?)(?:[.,;:?]*\s+{_WORD})*[\s.,;:?]*"
+)
+_SPACED_SIGN = re.compile(r"\A\s*-\s+(?=[.0-9])")
 _HEADING = re.compile(r"[.):]\s*[a-z]", re.IGNORECASE)  # "#### 1. First step"
 _HASH = re.compile(r"####+[ \t]*([^\n#]*)")
 _BOXED = re.compile(r"\\boxed\s*\{")
@@ -40,9 +46,10 @@ _DRESSING = (
     (re.compile(r"\*\*|__|\\[,!]|\\(?:left|right)\b"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r"\1/\2"),
+    # Not beside a digit: 2\frac{1}{2} is not 21/2.
+    (re.compile(r"(?<![0-9])\\[dt]?frac\s*\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}(?![0-9])"), r"\1/\2"),
     (re.compile(r"-\s*\\?\$\s*(?=[0-9.])"), "-"),
-    (re.compile(r"\\?[$%]|\\[()\[\]; ]"), " "),
+    (re.compile(r"\\?[$%]|\\[()\[\]; ]|\^\{?\\circ\}?|~"), " "),
 )
 
 
@@ -58,16 +65,20 @@ class Extraction(NamedTuple):
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The one number that `text` names, exactly; None if it names none or several.
+    r"""The one number that `text` names, exactly; None if it names none or several, or calculates.
 
-    `$`, `%`, commas between thousands, units and a closing period are ignored; of an equation the right side counts:
-    `x = \$1,200.50` is 2401/2, `3, 5` and `10^3` are nothing.
+    `$`, `%`, commas between thousands, words such as units and a closing period are ignored; of an equation the right
+    side counts: `x = \$1,200.50` is 2401/2; `3, 5`, `10^3`, `\sqrt{16}` and `x >= 3` are nothing.
     """
-    clean = _undress(text).rpartition("=")[2]
-    found = list(_NUMBER.finditer(clean))
-    if len(found) != 1 or any(c.isdigit() for c in clean[: found[0].start()] + clean[found[0].end() :]):
-        return None
-    return _value(found[0].group())
+    left, _, right = _undress(text).rpartition("=")
+    found = _AMONG_WORDS.fullmatch(_SPACED_SIGN.sub("-", right))
+    return None if found is None or left.endswith(("<", ">", "!")) else _value(found.group(1))
+
+
+def whole_number(text: str) -> Fraction | None:
+    r"""The number that `text` is, and not only names; a fraction of two whole ones counts, as a/b or \frac{a}{b}."""
+    number = _NUMBER.fullmatch(_undress(text).strip())
+    return None if number is None else _value(number.group())
 
 
 def extract(text: str, *, strict: bool = False) -> Extraction:
@@ -150,10 +161,9 @@ def _leading(text: str) -> tuple[Fraction | None, str] | None:
 
     The value is None when what follows makes the number part of something else (arithmetic, a list, a time).
     """
-    match = _NUMBER.match(text)
-    if match is None:
+    if _NUMBER.match(text) is None:
         return None
-    right = text.rpartition("=")[2].strip()
+    right = _SPACED_SIGN.sub("-", text.rpartition("=")[2].strip())
     match = _NUMBER.match(right)
     if match is None or not _CLOSES.match(right, match.end()):
         return None, text.strip()
@@ -161,7 +171,8 @@ def _leading(text: str) -> tuple[Fraction | None, str] | None:
 
 
 def _hash(clean: str) -> Extraction | None:
-    for content in reversed(_HASH.findall(clean)):
+    for found in reversed(_HASH.findall(clean)):
+        content = _SPACED_SIGN.sub("-", found)
         number = _NUMBER.match(content)
         if number is None or _HEADING.match(content, number.end()):
             continue
@@ -194,7 +205,7 @@ def _answer_is(clean: str) -> Extraction | None:
     phrases = _ANSWER_IS.findall(clean)
     if not phrases:
         return None
-    if found := _leading(phrases[-1]):
+    if found := _leading(_SPACED_SIGN.sub("-", phrases[-1])):
         return Extraction(*found, "answer is")
     number = parse_number(phrases[-1])
     return None if number is None else Extraction(number, phrases[-1].strip(), "answer is")
