@@ -1,14 +1,20 @@
 """The sink by itself, against a recorder in vLLM's place: order of the steps, and what a failure half-way leaves."""
 
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from align_core.config import SamplingConfig
 from align_core.errors import SyncError
-from align_core.types import WeightTensor
+from align_core.types import Prompt, WeightTensor
 from align_rollout.fake import ArrayWeights
+from align_rollout.stream import Delta, Request, Stream, no_decoder
 from align_rollout.weights import VllmWeightSink
 
 _SOURCE = ArrayWeights({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)})
@@ -17,11 +23,13 @@ _SOURCE = ArrayWeights({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": 
 class _Llm:
     """Records calls; reads staged weights when they are staged, as a worker in another process would."""
 
-    def __init__(self, *, commit_fails: bool = False, cache_resets: bool = True) -> None:
+    def __init__(
+        self, *, commit_fails: bool = False, cache_resets: bool = True, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         self.calls: list[str] = []
         self.staged: dict[str, bytes] = {}
         self.files: set[Path] = set()
-        self.commit_fails, self.cache_resets = commit_fails, cache_resets
+        self.commit_fails, self.cache_resets, self._meanwhile = commit_fails, cache_resets, meanwhile
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[None]:
         self.calls.append(method)
@@ -29,6 +37,8 @@ class _Llm:
             for weight in args[0]:
                 self.staged[weight.meta.name] = weight.bytes().tobytes()
                 self.files |= {weight.file} if weight.file else set()
+        if method == "align_commit":
+            self._meanwhile()
         if method == "align_commit" and self.commit_fails:
             raise RuntimeError("out of memory")
         return [None]  # the answer of one worker
@@ -79,6 +89,62 @@ def test_a_failure_inside_commit_makes_the_engine_unusable() -> None:
     for use in (sink.check_answerable, lambda: sink.begin(_SOURCE.metadata(), 2)):
         with pytest.raises(SyncError, match="its update to version 1 was interrupted; start a new engine"):
             use()
+
+
+class _Ends:
+    """Ends every request with its first token."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+
+    def add(self, request: Request) -> None:
+        self._requests.append(request)
+
+    def step(self) -> list[Delta]:
+        found, self._requests = self._requests, []
+        return [Delta(key=each.key, tokens=[1], logprobs=[0.0], finish_reason="stop") for each in found]
+
+    def abort(self, keys: Sequence[str]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_request_during_a_commit_waits_for_its_end(fails: bool) -> None:
+    """It comes while the workers reload, from another thread: answered by the new weights, or told the failure."""
+    answers: list[int | SyncError] = []
+
+    def ask() -> None:
+        prompt = Prompt(id=len(answers), tokens=np.zeros(1, np.int32))
+        try:
+            answers.extend(c.version for c in stream.generate([prompt], SamplingConfig(max_tokens=1)))
+        except SyncError as refusal:
+            answers.append(refusal)
+
+    client = threading.Thread(target=ask)
+
+    def meanwhile() -> None:
+        client.start()
+        client.join(0.2)
+        assert not answers
+
+    stream = Stream(_Ends(), check=lambda *_: sink.check_answerable(), version=lambda: sink.version, decode=no_decoder)
+    sink = VllmWeightSink(
+        llm=_Llm(commit_fails=fails, meanwhile=meanwhile),
+        expected=_SOURCE.metadata(),
+        loaded=True,
+        in_process=True,
+        hold=partial(stream.hold, "drain"),
+        release=stream.release,
+        fail=stream.fail,
+    )
+    sink.begin(_SOURCE.metadata(), 1)
+    sink.load(_weights())
+    with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+        sink.commit()
+    client.join(10)
+    (answer,) = answers
+    assert "its update to version 1 was interrupted" in str(answer) if fails else answer == 1
+    stream.close()
 
 
 def test_a_prefix_cache_that_does_not_reset_makes_the_engine_unusable() -> None:

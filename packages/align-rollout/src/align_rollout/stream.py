@@ -141,7 +141,9 @@ class Stream:
         self._gate, self._lock = threading.Lock(), threading.RLock()
         self._news = threading.Condition()
         self._ended: deque[Completion] = deque()
-        self._paused = self._held = self._closed = False
+        self._paused = self._closed = False
+        self._holder: int | None = None
+        """The thread that is changing weights."""
         self._failure: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._listener: Callable[[Piece], None] | None = None
@@ -152,7 +154,7 @@ class Stream:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingConfig) -> list[Completion]:
         """See `align_core.contracts.RolloutEngine`; requests in the background move on meanwhile."""
-        with self._entered():
+        with self._settled():
             if self._paused:
                 raise SyncError("the engine is paused; call resume() before it generates")
             requests = self._requests(prompts, sampling, at_once=not sampling.stop)
@@ -177,7 +179,7 @@ class Stream:
 
     def submit_begun(self, prompts: Sequence[Prompt], sampling: SamplingConfig, begun: Sequence[Completion]) -> None:
         """See `align_core.contracts.SupportsPartial`."""
-        with self._entered():
+        with self._settled():
             self._add(self._requests(prompts, sampling, at_once=False, begun=begun), sampling)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="align-rollout", daemon=True)
@@ -226,6 +228,8 @@ class Stream:
     def hold(self, policy: InFlight) -> None:
         """Before weights change: does with the requests under way what `policy` says; none moves until `release`.
 
+        New ones wait until then, unless this same thread brings them.
+
         Requests that are paused are kept whatever the policy: pausing says that they are to be continued.
         """
         with self._entered():
@@ -233,16 +237,21 @@ class Stream:
                 self.abort()
             while policy == "drain" and self._running and not self._paused:
                 self._deliver([completion for _, completion in self._step()])
-            self._held = True
+            self._holder = threading.get_ident()
 
     def release(self) -> None:
         """After weights have changed."""
-        self._held = False
+        self._holder = None
         self._wake()
+
+    def fail(self, failure: BaseException) -> None:
+        """No request moves any more; whoever waits, and whoever calls from now on, gets `failure`."""
+        self._failure = failure
+        self.release()
 
     def close(self) -> None:
         """Ends the thread; what is under way is forgotten."""
-        with self._entered():
+        with self._locked():
             self._closed = True
             self._running.clear()
         self._wake()
@@ -250,15 +259,35 @@ class Stream:
             self._thread.join()
 
     @contextlib.contextmanager
-    def _entered(self) -> Iterator[None]:
-        """Works on the engine. Who waits here comes before the thread's next step, which waits at the gate."""
+    def _locked(self) -> Iterator[None]:
+        """Who waits here comes before the thread's next step, which waits at the gate."""
         with self._gate if not self._is_mine() else contextlib.nullcontext():
             self._lock.acquire()
         try:
-            self._raise_failure()
             yield
         finally:
             self._lock.release()
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Works on the engine; raises its failure."""
+        with self._locked():
+            self._raise_failure()
+            yield
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Works on the engine while no other thread changes its weights."""
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: not self._is_changed_elsewhere())
+            with self._entered():
+                if not self._is_changed_elsewhere():  # a change may have begun in between
+                    yield
+                    return
+
+    def _is_changed_elsewhere(self) -> bool:
+        return self._holder not in (None, threading.get_ident()) and not self._closed
 
     def _is_mine(self) -> bool:
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
@@ -283,7 +312,7 @@ class Stream:
                     return
 
     def _moving(self) -> bool:
-        return bool(self._running) and not (self._paused or self._held or self._failure or self._closed)
+        return bool(self._running) and not (self._paused or self._holder or self._failure or self._closed)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -68,6 +68,7 @@ class VllmEngine(Streamed):
             frees_memory=on_gpu,
             hold=partial(self._stream.hold, config.in_flight),
             release=self._stream.release,
+            fail=self._stream.fail,
         )
 
     @classmethod

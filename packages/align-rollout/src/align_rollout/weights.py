@@ -47,6 +47,7 @@ class VllmWeightSink:
         frees_memory: bool = False,
         hold: Callable[[], None] = lambda: None,
         release: Callable[[], None] = lambda: None,
+        fail: Callable[[BaseException], None] = lambda failure: None,
     ) -> None:
         """A sink for `llm`, a started vllm.LLM.
 
@@ -57,8 +58,9 @@ class VllmWeightSink:
             frees_memory: the engine gives memory back when it sleeps.
             hold: called before weights change: from its return to `release` no request moves.
             release: called when weights are whole again.
+            fail: called in its place with the reason where they will never be.
         """
-        self._hold, self._release = hold, release
+        self._hold, self._release, self._fail = hold, release, fail
         self._frees_memory = frees_memory
         self._sleeping: tuple[str, ...] = ()
         """What is asleep of weights and KV cache."""
@@ -108,11 +110,13 @@ class VllmWeightSink:
         pending.check_complete()
         self._pending = None
         started = time.perf_counter()
-        self._change(pending)
-        self._workers("align_commit")
-        # Requests under way lose their keys and values and compute them again: the old ones are of the old weights.
-        if not self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise SyncError(f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine")
+        with self._changing(pending):
+            self._workers("align_commit")
+            # Requests under way lose their keys and values and compute them again: the old are of the old weights.
+            if not self._llm.reset_prefix_cache(reset_running_requests=True):
+                raise SyncError(
+                    f"vLLM did not reset its prefix cache for version {pending.version}; start a new engine"
+                )
         self.version = pending.version
         self._broken, self._lost = "", False
         self._release()
@@ -143,8 +147,8 @@ class VllmWeightSink:
             self.layouts()
             self._workers("align_connect", layout)
             self._connected = layout
-        self._change(pending)
-        return self._arrived(pending, self._workers("align_pull", memory, rows))
+        with self._changing(pending):
+            return self._arrived(pending, self._workers("align_pull", memory, rows))
 
     def expect(self, seat: Seat) -> None:
         """Gets the workers ready to receive from the trainer's ranks, and stops what is under way."""
@@ -158,8 +162,8 @@ class VllmWeightSink:
     def receive(self, rows: Rows | None) -> Sequence[Pulled]:
         """Receives the announced weights, over the old ones where layers allow it."""
         pending = self._announced()
-        self._change(pending)
-        return self._arrived(pending, self._workers("align_receive", rows))
+        with self._changing(pending):
+            return self._arrived(pending, self._workers("align_receive", rows))
 
     def _arrived(self, pending: PendingUpdate, found: Sequence[Arrived]) -> list[Pulled]:
         pending.record_all()
@@ -169,7 +173,7 @@ class VllmWeightSink:
     def check_usable(self) -> None:
         """Raises SyncError if the engine is closed, or if an update ended half-way and left it with mixed weights."""
         if self._broken:
-            raise SyncError(f"the engine cannot be used: {self._broken}")
+            raise self._unusable()
 
     def check_answerable(self) -> None:
         """Raises SyncError unless the engine holds one whole version of the weights."""
@@ -223,10 +227,19 @@ class VllmWeightSink:
                 raise answer.error
         return found
 
-    def _change(self, pending: PendingUpdate) -> None:
-        """From here until the commit is done, the engine holds no whole version."""
+    @contextmanager
+    def _changing(self, pending: PendingUpdate) -> Iterator[None]:
+        """From here until the commit is done, the engine holds no whole version; never again after an error."""
         self._hold()
         self._broken = f"its update to version {pending.version} was interrupted; start a new engine"
+        try:
+            yield
+        except BaseException:
+            self._fail(self._unusable())
+            raise
+
+    def _unusable(self) -> SyncError:
+        return SyncError(f"the engine cannot be used: {self._broken}")
 
     def _announced(self) -> PendingUpdate:
         if self._pending is None:
