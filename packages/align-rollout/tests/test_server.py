@@ -101,12 +101,74 @@ def test_without_the_token_nothing_is_answered_but_health(server: RolloutServer)
         ({"prompt": "a", "stream": True, "max_tokens": 99}, "leaves no room"),
         ({"prompt": [900], "max_tokens": 2, "stream": True}, "vocabulary"),
         ({"prompt": [900], "max_tokens": 2}, "vocabulary"),
+        ({"prompt": [2**31], "max_tokens": 2}, "bad request"),
+        ({"prompt": "a", "max_tokens": float("inf")}, "bad request"),
     ],
 )
 def test_bad_requests_say_why(server: RolloutServer, body: dict[str, Any], message: str) -> None:
     status, answer = ask(server, "/v1/completions", body)
     assert status == 400
     assert message in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("content", [None, 5, ["a"], [{"type": "image_url", "image_url": {"url": "x"}}]])
+def test_a_chat_of_something_else_than_text_is_refused(server: RolloutServer, content: object) -> None:
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 2}
+    status, answer = ask(server, "/v1/chat/completions", body)
+    assert status == 400
+    assert "content is a text" in answer["error"]["message"]
+
+
+def test_a_chat_may_come_in_parts_and_fill_the_context(server: RolloutServer) -> None:
+    seen: list[str] = []
+    server.service._tokenizer.encode_prompt = lambda text: (seen.append(text), [0, 1])[1]  # type: ignore[method-assign]
+    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]
+    status, answer = ask(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]})
+    assert status == 200
+    assert any("abcd" in text for text in seen)
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 62, "total_tokens": 64}
+
+
+@pytest.mark.parametrize(("length", "body", "message"), [(-1, b"", "bytes, not -1"), (None, b"[" * 200_000, "deeply")])
+def test_a_body_that_cannot_be_read_is_refused(
+    server: RolloutServer, length: int | None, body: bytes, message: str
+) -> None:
+    size = len(body) if length is None else length
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=20) as client:
+        head = f"POST /v1/completions HTTP/1.0\r\nAuthorization: Bearer secret\r\nContent-Length: {size}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        answer = client.makefile().read()
+    assert " 400 " in answer.splitlines()[0]
+    assert message in answer
+
+
+def test_a_silent_client_is_let_go(server: RolloutServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert server.RequestHandlerClass.timeout == 60  # type: ignore[attr-defined]
+    monkeypatch.setattr(server.RequestHandlerClass, "timeout", 0.2)
+    with socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=20) as client:
+        assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_dead_engine_is_told_within_a_stream_and_ever_after(server: RolloutServer, kind: type[Exception]) -> None:
+    engine: Any = server.service._engine
+    step, steps = engine._stream._stepper.step, iter(range(9))
+    engine._stream._stepper.step = lambda: step() if next(steps) < 3 else _fail(kind("device-side assert"))
+    address = f"http://127.0.0.1:{server.server_address[1]}/v1/completions"
+    body = json.dumps({"prompt": "a", "max_tokens": 8, "stream": True}).encode()
+    request = urllib.request.Request(address, data=body, headers={"Authorization": "Bearer secret"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        lines = answer.read().decode().split("\n\n")
+    assert len(lines) == 5
+    assert "device-side assert" in json.loads(lines[3].removeprefix("data: "))["error"]["message"]
+    for path, asked in (("/v1/completions", {"prompt": "a"}), ("/health", None)):
+        status, told = ask(server, path, asked)
+        assert status == 503
+        assert "device-side assert" in told["error"]["message"]
+
+
+def _fail(failure: Exception) -> Any:
+    raise failure
 
 
 def events(server: RolloutServer, path: str, body: dict[str, Any]) -> list[Any]:

@@ -14,12 +14,17 @@ from align_core.types import Completion, FinishReason, Piece
 _UNFINISHED = "\ufffd"  # what a tokenizer makes of a character of which bytes are still to come
 
 
+def limit_of(body: Mapping[str, Any]) -> int:
+    """Most new tokens that a request allows; 0 if it does not say."""
+    return int(body.get("max_completion_tokens") or body.get("max_tokens") or 0)
+
+
 def sampling_of(body: Mapping[str, Any]) -> SamplingConfig:
     """How a request is to be sampled; what it does not say is as OpenAI has it."""
     stop = body.get("stop") or ()
     return SamplingConfig(
         n=int(body.get("n") or 1),
-        max_tokens=int(body.get("max_completion_tokens") or body.get("max_tokens") or 16),
+        max_tokens=limit_of(body) or 16,
         temperature=_number(body, "temperature", 1.0),
         top_p=_number(body, "top_p", 1.0),
         seed=int(body.get("seed") or 0),
@@ -36,7 +41,7 @@ def contents_of(body: Mapping[str, Any], *, chat: bool) -> list[object]:
             isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
         ):
             raise DataError("messages is a list of {'role': ..., 'content': ...}")
-        return [messages]
+        return [[{**message, "content": _text(message["content"])} for message in messages]]
     prompt = body["prompt"]
     several = isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], int))
     return list(prompt) if several else [prompt]
@@ -124,6 +129,16 @@ class GrowingText:
 def error(message: str) -> dict[str, Any]:
     """A refusal."""
     return {"error": {"message": message, "type": "invalid_request_error"}}
+
+
+def _text(content: object) -> str:
+    """A message's content, which may come in parts."""
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    found = [text for text in texts if isinstance(text, str)]
+    if len(found) < len(parts):
+        raise DataError("a message's content is a text, or a list of {'type': 'text', 'text': ...}")
+    return "".join(found)
 
 
 def _number(body: Mapping[str, Any], key: str, default: float) -> float:

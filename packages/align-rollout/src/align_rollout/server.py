@@ -7,6 +7,7 @@ sender is on the same host. Standard library only.
 import contextlib
 import hmac
 import json
+import select
 import socket
 from collections.abc import Generator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +17,7 @@ from align_core.config import EngineConfig
 from align_core.errors import AlignError, DataError
 from align_core.text import Tokenizer
 from align_rollout.forms import error
-from align_rollout.service import ClientGoneError, Engine, Service
+from align_rollout.service import ClientGoneError, Engine, EngineFailedError, Service
 
 TOKEN_VARIABLE = "ALIGN_ROLLOUT_TOKEN"
 _LONGEST_BODY = 16 << 20
@@ -48,11 +49,17 @@ def make_server(
 
 class _Handler(BaseHTTPRequestHandler):
     server: RolloutServer
+    timeout = 60  # seconds; a client that sends and reads nothing would hold its thread for ever
 
     def do_GET(self) -> None:
         """Health and the name of the model."""
         if self.path == "/health":
-            self._answer(200, {"status": "ok"})
+            try:
+                self.server.service.check_alive()
+            except EngineFailedError as failure:
+                self._answer(503, error(str(failure)))
+            else:
+                self._answer(200, {"status": "ok"})
         elif self._allowed() and self.path == "/v1/models":
             self._answer(200, {"object": "list", "data": [{"id": self.server.service.name, "object": "model"}]})
         elif self._allowed(answer=False):
@@ -69,10 +76,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, self.server.service.update(_UPDATES[self.path], self._body()))
             else:
                 self._answer(404, error(f"no page {self.path}; there are {sorted([*_COMPLETIONS, *_UPDATES])}"))
-        except (ClientGoneError, ConnectionError):
+        except (ClientGoneError, ConnectionError, TimeoutError):
             self.close_connection = True
-        except (AlignError, KeyError, TypeError, ValueError) as refusal:
+        except EngineFailedError as failure:
+            self._answer(503, error(str(failure)))
+        except (AlignError, KeyError, TypeError, ValueError, OverflowError) as refusal:
             self._answer(400, error(_said(refusal)))
+        except Exception as failure:  # the client is told, whatever an engine raises
+            self._answer(500, error(f"the engine failed: {failure!r}"))
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Quiet: a request may hold what does not belong in a log."""
@@ -94,8 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
                         self._begin_events()
                         begun = True
                     self._event(json.dumps(event))
-            except AlignError as refusal:
-                if not begun or isinstance(refusal, ClientGoneError):
+            except (ClientGoneError, ConnectionError, TimeoutError):
+                raise
+            except Exception as refusal:
+                if not begun:
                     raise
                 self._event(json.dumps(error(_said(refusal))))  # too late for a status
                 return
@@ -114,10 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _gone(self) -> bool:
         """Whether the client has closed its end: it sends nothing after its request, so any news is the end."""
+        news = select.poll()
+        news.register(self.connection, select.POLLIN)
         try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+            return bool(news.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
         except OSError:
             return True
 
@@ -130,9 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> Mapping[str, Any]:
         length = int(self.headers.get("Content-Length", "0"))
-        if length > _LONGEST_BODY:
-            raise DataError(f"a request of {length} bytes is longer than {_LONGEST_BODY}")
-        body = json.loads(self.rfile.read(length) or b"{}")
+        if not 0 <= length <= _LONGEST_BODY:
+            raise DataError(f"a request has 0 to {_LONGEST_BODY} bytes, not {length}")
+        try:
+            body = json.loads(self.rfile.read(length) or b"{}")
+        except RecursionError as refusal:
+            raise DataError("a request's JSON is nested too deeply") from refusal
         if not isinstance(body, dict):
             raise DataError("a request is a JSON object")
         return body

@@ -1,5 +1,6 @@
 """An engine's requests, each waited for by the thread that brought it; and its weight updates. No HTTP here."""
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,7 +15,7 @@ from align_core.contracts import RolloutEngine, SupportsAsyncGenerate, SupportsT
 from align_core.errors import AlignError, DataError, SyncError
 from align_core.text import Tokenizer, render_prompt
 from align_core.types import Completion, ParamMeta, Piece, Prompt, WeightTensor, shared_memory
-from align_rollout.forms import Answer, GrowingText, contents_of, sampling_of
+from align_rollout.forms import Answer, GrowingText, contents_of, limit_of, sampling_of
 
 Gone = Callable[[], bool]
 """Whether the client has hung up."""
@@ -27,6 +28,10 @@ class Engine(RolloutEngine, SupportsAsyncGenerate, Protocol):
 
 class ClientGoneError(AlignError):
     """Nobody waits for the answer any more."""
+
+
+class EngineFailedError(AlignError):
+    """The engine answers nothing any more."""
 
 
 class Service:
@@ -51,12 +56,18 @@ class Service:
         """Of the model, as clients call it."""
         return self._tokenizer.directory.name
 
+    def check_alive(self) -> None:
+        """Raises EngineFailedError once the engine has failed."""
+        if self._failure is not None:
+            raise EngineFailedError(f"the engine has failed; start the server again ({self._failure!r})")
+
     def complete(self, body: Mapping[str, Any], *, chat: bool, gone: Gone) -> dict[str, Any]:
         """The answer to a request in OpenAI's form.
 
         Raises:
             ClientGoneError: nobody waits for it any more; its completions are aborted.
             DataError: the request is not one that can be answered.
+            EngineFailedError: none can be.
         """
         sampling, prompts = self._asked(body, chat=chat)
         answer = Answer(model=self.name, chat=chat)
@@ -107,17 +118,22 @@ class Service:
         self._pump.join()
 
     def _asked(self, body: Mapping[str, Any], *, chat: bool) -> tuple[SamplingConfig, list[Prompt]]:
+        self.check_alive()
         sampling, contents = sampling_of(body), contents_of(body, chat=chat)
+        open_ended = chat and not limit_of(body)  # an answer may then fill the context, as OpenAI has it
+        least = 1 if open_ended else sampling.max_tokens
         seeded = body.get("seed") is not None  # then the same request is answered alike twice
         prompts = [
-            self._prompt(content, sampling, seed_id=place if seeded else None) for place, content in enumerate(contents)
+            self._prompt(content, least, seed_id=place if seeded else None) for place, content in enumerate(contents)
         ]
+        if open_ended:
+            sampling = dataclasses.replace(sampling, max_tokens=self._config.context - len(prompts[0].tokens))
         return sampling, prompts
 
-    def _prompt(self, content: object, sampling: SamplingConfig, *, seed_id: int | None) -> Prompt:
-        room = self._config.context - sampling.max_tokens
+    def _prompt(self, content: object, max_tokens: int, *, seed_id: int | None) -> Prompt:
+        room = self._config.context - max_tokens
         if room < 1:
-            raise DataError(f"max_tokens {sampling.max_tokens} leaves no room in a context of {self._config.context}")
+            raise DataError(f"max_tokens {max_tokens} leaves no room in a context of {self._config.context}")
         if isinstance(content, list) and content and all(isinstance(item, int) for item in content):
             tokens = np.asarray(content, dtype=np.int32)
         elif isinstance(content, str):
@@ -173,14 +189,13 @@ class Service:
             if usage:
                 yield answer.usage_event(asked=sum(len(prompt.tokens) for prompt in prompts), new=new)
         finally:
-            if left:
+            if left and self._failure is None:
                 self._engine.abort(list(first))
             self._forget(prompts)
 
     def _check_going(self, prompts: Sequence[Prompt], gone: Gone) -> None:
         """Raises the engine's failure; or aborts and raises if the client has hung up."""
-        if self._failure is not None:
-            raise self._failure
+        self.check_alive()
         if self._closed:
             raise SyncError("the server is closing")
         if gone():
