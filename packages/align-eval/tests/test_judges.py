@@ -190,6 +190,22 @@ def test_key_comes_from_the_environment_and_is_never_shown(
     assert KEY not in repr(config)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_line_end_after_the_key_is_not_part_of_it(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setenv("MY_KEY", KEY + end)
+    with StubService(key=KEY, reply=lambda _: "Yes.") as service:
+        (reply,) = _ask(service, _request(), key_variable="MY_KEY", attempts=1)
+    assert reply.text == "Yes."
+
+
+@pytest.mark.parametrize("character", ["\r", "\n", "\x7f", "\u00e9"])
+def test_what_cannot_be_a_key_is_told_without_showing_it(monkeypatch: pytest.MonkeyPatch, character: str) -> None:
+    monkeypatch.setenv("MY_KEY", f"sk-very{character}secret")
+    with pytest.raises(ConfigError, match="MY_KEY holds characters that are not printable ASCII") as caught:
+        OpenAiJudge(JudgeConfig(base_url="http://127.0.0.1:1/v1", key_variable="MY_KEY"))
+    assert "secret" not in str(caught.value)
+
+
 def test_missing_key_is_asked_for_by_name_except_on_this_machine() -> None:
     with pytest.raises(ConfigError, match="environment variable OPENAI_API_KEY, which is not set"):
         OpenAiJudge(JudgeConfig())

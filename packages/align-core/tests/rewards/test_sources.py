@@ -196,6 +196,19 @@ def test_server_that_refuses_is_named_without_the_token(server: str, monkeypatch
     assert "s3cret" not in str(refusal.value)
 
 
+def test_line_end_after_the_token_is_dropped_and_one_within_it_is_told_without_the_token(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = ScoringConfig(url=f"{server}/score", key_variable="SCORE_KEY")
+    monkeypatch.setenv("SCORE_KEY", "s3cret\r\n")
+    assert HttpReward(scoring)(["p"], ["a"], {})[0].value == 1.0
+    assert _Handler.seen[0][2] == "Bearer s3cret"
+    monkeypatch.setenv("SCORE_KEY", "s3cret\nmore")
+    with pytest.raises(ConfigError, match="SCORE_KEY holds characters that are not printable ASCII") as refusal:
+        HttpReward(scoring)
+    assert "s3cret" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("path", ["", "/v1"])
 def test_redirect_is_not_followed_and_the_token_stays(

@@ -9,7 +9,6 @@ environment, sent in the header of requests, and struck out of every message.
 import asyncio
 import ipaddress
 import json
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ from align_core.backoff import backoff, retry_after
 from align_core.config import JudgeConfig
 from align_core.contracts import Judge
 from align_core.errors import ConfigError
+from align_core.keys import read_key
 from align_core.types import ChatReply, ChatRequest, FinishReason
 from align_eval.errors import RefusedError, UnansweredError
 from align_eval.rates import RateLimit
@@ -45,13 +45,13 @@ class OpenAiJudge:
         An empty reply is a failure that may pass, unless `accept_empty` says that the model may have nothing to say.
 
         Raises:
-            ConfigError: the environment has no key, and the service is not on this machine.
+            ConfigError: the environment has no key, and the service is not on this machine; or what it has is no key.
         """
         self._config = config
         self._accept_empty = accept_empty
         self._extra = _extra_fields(config.extra)
         local = _is_local(config.base_url)
-        self._key = os.environ.get(config.key_variable, "")
+        self._key = read_key(config.key_variable)
         if not self._key and not local:
             raise ConfigError(
                 f"the key for {config.base_url} is read from the environment variable {config.key_variable}, which is "
@@ -167,8 +167,11 @@ class OpenAiJudge:
         )
 
     def _clean(self, message: object) -> str:
-        """`message` without the key: some services repeat it."""
-        return str(message).replace(self._key, "***") if self._key else str(message)
+        """`message` without the key, as it stands or quoted: some services repeat it."""
+        text = str(message)
+        for form in (self._key, repr(self._key)[1:-1]):
+            text = text.replace(form, "***") if form else text
+        return text
 
 
 class _Passing(Exception):

@@ -6,7 +6,6 @@ A server that is away or overloaded is waited for; what it refuses is not asked 
 import contextlib
 import http.client
 import json
-import os
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +15,7 @@ from align_core.backoff import backoff, retry_after
 from align_core.config import ScoringConfig
 from align_core.contracts import RewardFunction
 from align_core.errors import ConfigError, DataError
+from align_core.keys import read_key
 from align_core.rewards.answers import NoAnswer, read_scores
 from align_core.types import Score
 
@@ -78,7 +78,7 @@ def check_address(name: str, scoring: ScoringConfig) -> None:
     """Raises ConfigError unless `scoring` holds an http address, and its token where one is named."""
     if not scoring.url.startswith(("http://", "https://")):
         raise ConfigError(f"reward {name!r} needs an address; set scoring.url to http(s)://..., got {scoring.url!r}")
-    if scoring.key_variable and not os.environ.get(scoring.key_variable):
+    if scoring.key_variable and not read_key(scoring.key_variable):
         raise ConfigError(f"scoring.key_variable names {scoring.key_variable!r}, which the environment does not hold")
 
 
@@ -92,7 +92,7 @@ def post(url: str, body: Mapping[str, object], scoring: ScoringConfig) -> object
     """
     headers = {"Content-Type": "application/json"}
     if scoring.key_variable:
-        headers["Authorization"] = f"Bearer {os.environ[scoring.key_variable]}"
+        headers["Authorization"] = f"Bearer {read_key(scoring.key_variable)}"
     request = urllib.request.Request(url, data=json.dumps(body).encode(), headers=headers)
     deadline, attempt = time.monotonic() + scoring.patience, 0
     while True:
