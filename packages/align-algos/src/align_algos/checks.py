@@ -136,7 +136,7 @@ def _read(columns: dict[str, Tensor], *counts: Tensor) -> list[int]:
             where = int((~torch.isfinite(column)).nonzero()[0])
             total = int((~torch.isfinite(column)).sum())
             raise InputError(
-                f"{name} holds {float(column[where])} at position {where} ({total} of {len(column)} values are not "
+                f"{name} holds {column[where].item()} at position {where} ({total} of {len(column)} values are not "
                 "finite); positions outside the mask must be finite too: fill them with 0"
             )
     return values[len(columns) :]

@@ -22,7 +22,7 @@ from align_core.config import (
 from align_core.contracts import SupportsOffload
 from align_core.errors import AlignError, CheckpointError, ConfigError, DataError, LayoutError
 from align_core.megatron import MegatronTrainer
-from align_core.types import Batch
+from align_core.types import Batch, Head
 
 CPU = TrainingConfig(device="cpu")
 
@@ -132,6 +132,31 @@ def test_steps_that_are_not_finite_are_skipped_until_they_are_too_many(trainer: 
     with pytest.raises(AlignError, match=r"gradient norm inf, after 3 skipped steps .*max_skipped is 3"):
         trainer.step(bad, GrpoLoss())
     np.testing.assert_array_equal(trainer.logprobs(ragged_batch()), after)
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_steps_whose_model_gives_nan_are_skipped_until_they_are_too_many(
+    llama: Callable[..., Path], head: Head
+) -> None:
+    """One NaN in a norm's weight makes every log-prob and every score NaN."""
+    model = llama(num_labels=1) if head == "score" else llama()
+    trainer = MegatronTrainer(TrainerConfig(model=model, head=head, steps=5, training=CPU))
+    batch, loss = ragged_batch(), RewardLoss() if head == "score" else SftLoss()
+    labels = np.asarray([1.0, 0.0] * (len(batch) // 2) + [0.0] * (len(batch) % 2))
+    batch = batch.with_columns(sequences={"label": labels, "group": np.arange(len(batch)) // 2})
+    (norm,) = (weight for name, weight in trainer._chunks[0].named_parameters() if "final_layernorm" in name)
+    norm.data[0] = torch.nan
+    before = [weight.detach().clone() for weight in trainer._chunks[0].parameters()]
+    steps = [trainer.step(batch, loss) for _ in range(3)]
+    assert [step["skipped"] for step in steps] == [1.0, 1.0, 1.0]
+    assert all(np.isnan(step["loss"]) for step in steps)
+    with pytest.raises(AlignError, match=r"has loss nan .*after 3 skipped steps .*max_skipped is 3"):
+        trainer.step(batch, loss)
+    for weight, was in zip(trainer._chunks[0].parameters(), before):
+        assert torch.equal(weight.nan_to_num(), was.nan_to_num())
+    with pytest.raises(AlignError, match="cannot be computed"):
+        trainer.evaluate(batch, loss)
+    trainer.close()
 
 
 def test_a_column_that_is_not_finite_stops_the_run_by_its_name(trainer: MegatronTrainer) -> None:

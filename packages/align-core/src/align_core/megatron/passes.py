@@ -5,6 +5,7 @@ Knows the schedule of megatron-core and the shapes at the head; knows nothing ab
 Legend: B sequences, N tokens of a micro-batch, P with padding, V this rank's share of the vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from align_algos.errors import InputError
 from align_algos.fused import KEPT_SHARE, fused_logprobs
 from align_algos.losses import LossOutput
 from align_core.megatron.experts import padding_mask
@@ -29,27 +31,30 @@ Read = Callable[[Tensor, MicroBatch], Tensor]
 """What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N], values [N] or scores [B]."""
 
 
-def read_logprobs(chunk: Any, vocab_size: int, *, targets_only: bool = False) -> Read:
+def read_logprobs(chunk: Any, vocab_size: int, *, for_loss: bool = False) -> Read:
     """Log-prob of each token given those before it in its sequence, 0 for the first, over the real vocabulary.
 
     Args:
         chunk: the last chunk of the model, which holds the head's weight where this rank has it.
-        targets_only: 0 for tokens that no loss looks at too: a prompt then costs nothing at the head, which in a small
-            model with a large vocabulary is a good part of all.
+        for_loss: 0 for tokens that no loss looks at too: a prompt then costs nothing at the head, which in a small
+            model with a large vocabulary is a good part of all. And NaN, which every loss refuses, where logits are not
+            finite, rather than an error here, in which one rank would leave the others waiting.
     """
+
+    next_logprobs = _next_logprobs_or_nan if for_loss else _next_logprobs
 
     def read(hidden_1PH: Tensor, micro: MicroBatch) -> Tensor:
         share = micro.packed.share
         if share is not None:
             padded_P = torch.nn.functional.pad(micro.targets, (0, micro.tokens.shape[1] - len(micro.targets)))
-            own_L = _next_logprobs(hidden_1PH[0], chunk, padded_P[share.own], vocab_size)
+            own_L = next_logprobs(hidden_1PH[0], chunk, padded_P[share.own], vocab_size)
             of_next_N = share.whole(own_L, shared_work=False)[: len(micro.targets)]
-        elif targets_only:
+        elif for_loss:
             rows = micro.target_rows()
-            found = _next_logprobs(hidden_1PH[0, rows - 1], chunk, micro.tokens[0, rows], vocab_size)
+            found = next_logprobs(hidden_1PH[0, rows - 1], chunk, micro.tokens[0, rows], vocab_size)
             return found.new_zeros(len(micro.targets)).index_put((rows,), found)
         else:
-            of_next_N = _next_logprobs(hidden_1PH[0, : len(micro.targets)], chunk, micro.targets, vocab_size)
+            of_next_N = next_logprobs(hidden_1PH[0, : len(micro.targets)], chunk, micro.targets, vocab_size)
         shifted_N = torch.cat([of_next_N.new_zeros(1), of_next_N[:-1]])
         return torch.where(micro.is_first, 0.0, shifted_N)
 
@@ -63,6 +68,14 @@ def _next_logprobs(hidden_NH: Tensor, chunk: Any, targets_N: Tensor, vocab_size:
     return fused_logprobs(
         hidden_NH, weight_VH, targets_N, vocab_size=vocab_size, tp_group=group, keep_bytes=keep
     ).logprobs_N
+
+
+def _next_logprobs_or_nan(hidden_NH: Tensor, chunk: Any, targets_N: Tensor, vocab_size: int) -> Tensor:
+    """NaN for all, with a backward pass, if one is not finite; targets were checked with the batch."""
+    try:
+        return _next_logprobs(hidden_NH, chunk, targets_N, vocab_size)
+    except InputError:
+        return hidden_NH.float().sum(-1) * math.nan
 
 
 def read_scores(output_1P1: Tensor, micro: MicroBatch) -> Tensor:
@@ -97,13 +110,25 @@ def forward(chunks: Sequence[Any], micros: Sequence[MicroBatch], read: Read) -> 
 def forward_backward(
     chunks: Sequence[Any], micros: Sequence[MicroBatch], read: Read, loss: Callable[[Tensor, MicroBatch], LossOutput]
 ) -> list[dict[str, Tensor]]:
-    """Add the gradient of every micro-batch's loss, then the other ranks'; returns `loss` and metrics of each."""
+    """Add the gradient of every micro-batch's loss, then the other ranks'; returns `loss` and metrics of each.
+
+    Where the model's own numbers are not finite the loss is NaN, so that every rank comes to the end of the schedule.
+
+    Raises:
+        InputError: the loss refuses a column of the batch.
+    """
 
     def evaluate(micro: MicroBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         no_count = torch.zeros((), dtype=torch.int)  # losses are divided already; megatron-core shall not divide
         if not len(micro.indices):
             return output.float().sum() * 0.0, no_count, {}
-        value, metrics = loss(read(output, micro), micro)
+        values = read(output, micro)
+        try:
+            value, metrics = loss(values, micro)
+        except InputError:
+            if bool(torch.isfinite(values).all()):
+                raise
+            value, metrics = values.sum() * math.nan, {}
         return value, no_count, {"loss": value.detach(), **metrics}
 
     return _run(chunks, micros, evaluate, forward_only=False)

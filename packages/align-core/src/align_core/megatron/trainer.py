@@ -91,7 +91,7 @@ class MegatronTrainer(RankModel):
         self.reload()
         prepared = prepare_loss(loss, batch, head=self.config.head)
         micros = self._share.micros(prepared.batch, unit=prepared.unit)
-        read = self._read(prepared.reads, targets_only=True)
+        read = self._read(prepared.reads, for_loss=True)
         number = optimization.steps_done
         optimization.zero_grad()
         start_routing(self._chunks, len(batch.tokens))
@@ -130,9 +130,7 @@ class MegatronTrainer(RankModel):
         micros = self._share.micros(prepared.batch, unit=prepared.unit)
         parts = []
         with _explained(f"evaluation: {type(loss).__name__}"), torch.no_grad():
-            for micro, values in zip(
-                micros, forward(self._chunks, micros, self._read(prepared.reads, targets_only=True))
-            ):
+            for micro, values in zip(micros, forward(self._chunks, micros, self._read(prepared.reads, for_loss=True))):
                 if len(micro.indices):
                     value, metrics = prepared.compute(values, micro)
                     parts.append({"loss": value, **metrics})
@@ -214,9 +212,9 @@ class MegatronTrainer(RankModel):
             found = forward(self._chunks, micros, read)
         return self._share.tokens(batch, micros, found)
 
-    def _read(self, output: Output, *, targets_only: bool = False) -> Read:
+    def _read(self, output: Output, *, for_loss: bool = False) -> Read:
         if output == "logprobs":
-            return read_logprobs(self._chunks[-1], self.model_config.vocab_size, targets_only=targets_only)
+            return read_logprobs(self._chunks[-1], self.model_config.vocab_size, for_loss=for_loss)
         return read_scores if output == "scores" else read_values
 
     def _trained(self) -> Optimization:
