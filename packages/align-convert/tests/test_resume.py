@@ -77,11 +77,27 @@ def test_unfinished_copy_of_something_else_is_not_continued(make_config: Make, m
     source = load_any(make_hf(make_config()))
     with pytest.raises(KeyboardInterrupt):
         run(plan_to_megatron(source, tmp_path / "out", layout=LAYOUT), progress=_stop_after(3))
+    partial = tmp_path / ".out.partial"
+    (partial / "config.json").write_text("{}")
+    before = _files(partial)
     other = plan_to_megatron(source, tmp_path / "out", layout=Layout(tp=4))
-    with pytest.raises(FormatError, match="is of another source, layout or type, or by another version; run without"):
+    with pytest.raises(FormatError, match=r"of another source, layout or type, .* to go on, or without --resume"):
         run(other, resume=True)
+    assert _files(partial) == before
     run(other)
     assert first_damage(tmp_path / "out") is None
+
+
+def test_damaged_journal_is_refused_and_nothing_removed(make_config: Make, make_hf: MakeHf, tmp_path: Path) -> None:
+    plan = plan_to_megatron(load_any(make_hf(make_config())), tmp_path / "out", layout=LAYOUT)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, progress=_stop_after(3))
+    journal = tmp_path / ".out.partial" / JOURNAL
+    journal.write_bytes(journal.read_bytes() + b"nonsense\n")
+    before = _files(journal.parent)
+    with pytest.raises(FormatError, match="is damaged: .* run without --resume to begin anew"):
+        run(plan, resume=True)
+    assert _files(journal.parent) == before
 
 
 @pytest.mark.slow

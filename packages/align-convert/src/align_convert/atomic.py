@@ -72,17 +72,14 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def resumable_directory(path: Path, *, resume: bool) -> Iterator[Path]:
-    """As `new_directory`, but what a killed or interrupted run has left is found again by the next one.
-
-    Only one process at a time may write for the same `path`; an error removes what was written, an interrupt keeps it.
+def unfinished_directory(path: Path, *, resume: bool) -> Iterator[Path]:
+    """Where a copy to `path` is written, kept to this process for the block; no end of the block removes it.
 
     Args:
         resume: keep what an earlier run has left; otherwise begin with an empty directory.
     Raises:
         FormatError: another process is writing it.
     """
-    path = path.absolute()
     temporary = unfinished(path)
     temporary.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
@@ -90,17 +87,23 @@ def resumable_directory(path: Path, *, resume: bool) -> Iterator[Path]:
         _lock(descriptor, path)
         if not resume:
             _empty(temporary)
-        try:
-            yield temporary
-            for folder, _, _ in os.walk(temporary):
-                _sync_directory(Path(folder))
-            _replace_directory(temporary, path)
-        except Exception:  # whatever failed, the half-written directory must go
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _sync_directory(path.parent)
+        yield temporary
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def becoming(path: Path, temporary: Path) -> Iterator[None]:
+    """`temporary` takes the place of `path` when the block ends well; an error removes it, an interrupt keeps it."""
+    try:
+        yield
+        for folder, _, _ in os.walk(temporary):
+            _sync_directory(Path(folder))
+        _replace_directory(temporary, path)
+    except Exception:  # whatever failed, the half-written directory must go
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def unfinished(path: Path) -> Path:

@@ -12,7 +12,14 @@ from typing import Literal, get_args
 
 import torch
 
-from align_convert.atomic import check_apart, check_destination, check_space, resumable_directory, unfinished
+from align_convert.atomic import (
+    becoming,
+    check_apart,
+    check_destination,
+    check_space,
+    unfinished,
+    unfinished_directory,
+)
 from align_convert.carried import carried_files
 from align_convert.dtypes import dtype_name
 from align_convert.errors import PlanError
@@ -124,33 +131,39 @@ def run(
     Args:
         resume: go on where a run that was killed or interrupted has stopped, if there was one.
     Raises:
-        ConvertError, OSError: nothing is left behind. KeyboardInterrupt: what was written is kept for `resume`.
+        ConvertError, OSError: nothing is left behind, except where an unfinished copy is of something else or its
+            journal is damaged: that stays as it is. KeyboardInterrupt: what was written is kept for `resume`.
     """
-    output, weights = plan.output, {file.path for file in plan.output.files}
     start(plan.total_bytes)
-    with resumable_directory(plan.destination, resume=resume) as root:
+    with unfinished_directory(plan.destination, resume=resume) as root:
+        journal = Journal(root / JOURNAL, _fingerprint(plan), tile_bytes=settings.tile_bytes, resume=resume)
+        with becoming(plan.destination, root):
+            _write(plan, root, journal, settings=settings, progress=progress)
+
+
+def _write(plan: CopyPlan, root: Path, journal: Journal, *, settings: Settings, progress: Progress) -> None:
+    """Fill the unfinished directory, whose journal is closed here and removed last."""
+    output, weights = plan.output, {file.path for file in plan.output.files}
+    try:
         for path in list(output.small_files(root)):
             if path != Path(JOURNAL) and path not in weights:
                 (root / path).unlink()
-        fingerprint = _fingerprint(plan)
-        journal = Journal(root / JOURNAL, fingerprint, tile_bytes=settings.tile_bytes, resume=resume)
-        try:
-            journal.confirm(root, mode=settings.mode)
-            chunks = transfer(
-                output,
-                plan.source.held(),
-                root,
-                settings=settings,
-                journal=journal,
-                tile_bytes=journal.tile_bytes,
-                progress=progress,
-            )
-        finally:
-            journal.close()
-        output.finish(root)
-        small = [path for path in output.small_files(root) if path.name not in (JOURNAL, MANIFEST)]
-        write_manifest(root, [*chunks, *(chunk for path in small for chunk in digest_file(root, path))])
-        (root / JOURNAL).unlink()
+        journal.confirm(root, mode=settings.mode)
+        chunks = transfer(
+            output,
+            plan.source.held(),
+            root,
+            settings=settings,
+            journal=journal,
+            tile_bytes=journal.tile_bytes,
+            progress=progress,
+        )
+    finally:
+        journal.close()
+    output.finish(root)
+    small = [path for path in output.small_files(root) if path.name not in (JOURNAL, MANIFEST)]
+    write_manifest(root, [*chunks, *(chunk for path in small for chunk in digest_file(root, path))])
+    (root / JOURNAL).unlink()
 
 
 def to_megatron(

@@ -154,7 +154,7 @@ class Journal:
             if found != json.loads(json.dumps(fingerprint)):
                 raise FormatError(
                     f"the unfinished copy in {str(path.parent)!r} is of another source, layout or type, or by another "
-                    "version; run without --resume to begin anew"
+                    "version; it stays as it is: run as then to go on, or without --resume to begin anew"
                 )
             for line in lines[1:]:
                 task, chunks = json.loads(line)
