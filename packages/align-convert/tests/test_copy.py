@@ -209,6 +209,18 @@ def test_destination_is_replaced_only_when_told_and_only_if_a_checkpoint(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "photos"]
 
 
+def test_destination_may_be_a_link(make_config: Make, make_hf: MakeHf, tmp_path: Path) -> None:
+    source, target, link = load(make_hf(make_config())), tmp_path / "disk" / "out", tmp_path / "link"
+    target.mkdir(parents=True)
+    link.symlink_to(target)
+    to_megatron(source, link, layout=Layout(tp=2))
+    to_megatron(source, link, layout=Layout(), overwrite=True)
+    assert [path.name for path in (target / "iter_0000001").iterdir()] == ["mp_rank_00"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "hf", "link"]
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    assert link.is_symlink()
+
+
 def test_output_may_not_overlap_the_input(make_config: Make, make_hf: MakeHf) -> None:
     directory = make_hf(make_config())
     for destination in (directory, directory / "below", directory.parent):

@@ -95,7 +95,7 @@ def test_damaged_journal_is_refused_and_nothing_removed(make_config: Make, make_
     journal = tmp_path / ".out.partial" / JOURNAL
     journal.write_bytes(journal.read_bytes() + b"nonsense\n")
     before = _files(journal.parent)
-    with pytest.raises(FormatError, match="is damaged: .* run without --resume to begin anew"):
+    with pytest.raises(FormatError, match=r"is damaged: .* run without --resume to begin anew"):
         run(plan, resume=True)
     assert _files(journal.parent) == before
 

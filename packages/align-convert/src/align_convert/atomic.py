@@ -1,5 +1,6 @@
 """Directories and files that appear whole or not at all: written beside their place, fsynced, renamed.
 
+A symbolic link stands for the directory it points to: it stays, and the new directory is made beside its target.
 Knows nothing about checkpoints but how to recognise one, so that `overwrite` can never remove anything else.
 """
 
@@ -27,6 +28,8 @@ def check_destination(path: Path, *, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise FormatError(f"{str(path)!r} exists and is not a directory; give another name")
+    if os.path.ismount(path.resolve()):  # a directory is put there by renaming, which no system allows
+        raise FormatError(f"{str(path)!r} is a mount point, which cannot be replaced; give a folder below it")
     if not any(path.iterdir()):
         return
     if not overwrite:
@@ -44,7 +47,8 @@ def check_apart(source: Path, destination: Path) -> None:
 
 def check_space(path: Path, num_bytes: int) -> None:
     """Refuse an output larger than the free space of the disk that `path` will be on."""
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    path = path.resolve()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise FormatError(
@@ -56,7 +60,7 @@ def check_space(path: Path, num_bytes: int) -> None:
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary sibling that takes the place of `path` when the block ends well, and is removed when it does not."""
-    path = path.absolute()
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "partial")
     temporary.mkdir()
@@ -95,6 +99,7 @@ def unfinished_directory(path: Path, *, resume: bool) -> Iterator[Path]:
 @contextmanager
 def becoming(path: Path, temporary: Path) -> Iterator[None]:
     """`temporary` takes the place of `path` when the block ends well; an error removes it, an interrupt keeps it."""
+    path = path.resolve()
     try:
         yield
         for folder, _, _ in os.walk(temporary):
@@ -108,6 +113,7 @@ def becoming(path: Path, temporary: Path) -> Iterator[None]:
 
 def unfinished(path: Path) -> Path:
     """Where a resumable copy to `path` is until it is whole."""
+    path = path.resolve()
     return path.with_name(f".{path.name}.partial")
 
 

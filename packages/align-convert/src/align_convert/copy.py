@@ -229,7 +229,7 @@ def _plan(source: Source, destination: Path, output: Output) -> CopyPlan:
         carried=carried,
         warnings=(*source.warnings, *_warnings(source, output.dtype)),
     )
-    already = unfinished(destination.absolute())
+    already = unfinished(destination)
     written = sum(path.stat().st_blocks * 512 for path in already.rglob("*")) if already.is_dir() else 0
     check_space(destination, sum(file.size for file in output.files) - written)
     return plan
