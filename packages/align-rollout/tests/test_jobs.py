@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from align_core.config import SamplingConfig
-from align_core.errors import ConfigError
+from align_core.errors import ConfigError, DataError
 from align_core.types import Completion, Prompt
 from align_rollout.fake import FakeEngine
-from align_rollout.jobs import Journal, complete
+from align_rollout.jobs import Journal, complete, read_records
 
 _SAMPLING = SamplingConfig(n=2, max_tokens=5, seed=3)
 _PROMPTS = [Prompt(id=i, tokens=np.array([i], np.int32)) for i in range(6)]
@@ -61,3 +61,28 @@ def test_a_job_with_other_settings_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="other settings"):
         Journal(tmp_path / "out.jsonl", {"seed": 4})
+
+
+@pytest.mark.parametrize("left", ["", '{"seed"'])
+def test_a_journal_that_a_crash_cut_at_its_beginning_counts_as_none(tmp_path: Path, left: str) -> None:
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text(left)
+    journal = Journal(tmp_path / "out.jsonl", {"seed": 3})
+    assert journal.found == []
+    assert partial.read_text() == '{"seed": 3}\n'
+    journal.close()
+
+
+def test_a_journal_is_written_by_one_job_at_a_time(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "out.jsonl", {"seed": 3})
+    with pytest.raises(ConfigError, match="in use by another process"):
+        Journal(tmp_path / "out.jsonl", {"seed": 3})
+    journal.close()
+    Journal(tmp_path / "out.jsonl", {"seed": 3}).close()
+
+
+def test_prompts_that_are_not_utf8_are_told_with_their_line(tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:2: not JSON \('utf-8' codec"):
+        read_records(prompts)

@@ -3,6 +3,7 @@
 The one module of the package that knows text; any engine will do.
 """
 
+import fcntl
 import json
 import os
 import time
@@ -29,16 +30,16 @@ def read_records(path: Path) -> list[Record]:
     if not path.is_file():
         raise DataError(f"prompt file {str(path)!r} does not exist; give a JSON-lines file of {_EXPECTED}")
     records: list[Record] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
-            except ValueError as error:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # UnicodeDecodeError is one
                 raise DataError(f"{path}:{number}: not JSON ({error}); expected {_EXPECTED}") from error
             if not isinstance(record, dict) or not _is_content(record):
-                raise DataError(f"{path}:{number}: expected {_EXPECTED}, got {line.strip()[:80]}")
+                raise DataError(f"{path}:{number}: expected {_EXPECTED}, got {line.decode().strip()[:80]}")
             records.append(record)
     if not records:
         raise DataError(f"prompt file {str(path)!r} is empty; expected lines of {_EXPECTED}")
@@ -59,16 +60,22 @@ class Journal:
     """The completions of an interrupted job, one JSON line each as they ended; gone when the job is done."""
 
     def __init__(self, path: Path, settings: Mapping[str, object]) -> None:
-        """Opens the journal of the result `path`; raises ConfigError if it is of a job with other settings."""
+        """Opens the journal of the result `path`.
+
+        Raises:
+            ConfigError: it is of a job with other settings, or another process writes it.
+        """
         self._path = path.with_name(f"{path.name}.partial")
         self._settings = json.loads(json.dumps(settings))
         self.found: list[Completion] = []
-        if self._path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a+", encoding="utf-8")
+        try:
+            self._lock()
             self._read()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
+        except BaseException:
+            self._file.close()
+            raise
 
     def add(self, completions: Sequence[Completion]) -> None:
         """Writes them down, for whoever continues."""
@@ -80,26 +87,38 @@ class Journal:
 
     def close(self) -> None:
         """Stops writing; the file stays if there is anything in it to continue from."""
-        self._file.close()
         if not self.found:
-            self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)  # before another process can lock it
+        self._file.close()
 
     def remove(self) -> None:
         """The job is done."""
-        self.close()
         self._path.unlink(missing_ok=True)
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{str(self._path)!r} is in use by another process; wait for it, or give another OUT"
+            ) from None
 
     def _read(self) -> None:
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        settings = json.loads(lines[0]) if lines else None
-        if settings != self._settings:
+        data = self._path.read_bytes()
+        whole = data.rfind(b"\n") + 1  # a crash may have cut the last line
+        self._file.truncate(whole)
+        lines = data[:whole].splitlines()
+        if not lines:
+            self._file.write(json.dumps(self._settings) + "\n")
+            self._file.flush()
+            return
+        if json.loads(lines[0]) != self._settings:
             raise ConfigError(
                 f"{str(self._path)!r} holds the beginning of a job with other settings, or another model; "
                 "repeat those to continue it, or remove the file"
             )
-        whole = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last one
-        self.found = [_completion(json.loads(line)) for line in whole[1:]]
-        self._path.write_text("".join(whole), encoding="utf-8")
+        self.found = [_completion(json.loads(line)) for line in lines[1:]]
 
 
 def _completion(line: Mapping[str, Any]) -> Completion:
