@@ -65,6 +65,7 @@ class FakeTrainer:
         rng = np.random.default_rng(7)
         self.config = config
         self.seen: list[Batch] = []
+        self.measured: list[Batch] = []
         self._world = world
         self.steps_done = 0
         self.weight: dict[str, Array] = {
@@ -103,6 +104,7 @@ class FakeTrainer:
 
     def evaluate(self, batch: Batch, loss: LossConfig) -> Mapping[str, float]:
         self._world.tick("evaluate")
+        self.measured.append(batch)
         value = _slope(batch, self._logprobs(batch)[0].astype(np.float64), loss)[0]
         return {"loss": value, **({} if not isinstance(loss, KtoLoss) else _KTO_SHARES)}
 

@@ -1,6 +1,8 @@
 """KTO learns from single marks, against a baseline of mismatched prompts and responses."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from align_core.config import KtoConfig
 from align_core.data.examples import Example
 from align_core.errors import ConfigError
-from align_core.stages.kto import marked_batch, run_kto, split_off_baseline
+from align_core.stages.kto import Marked, marked_batch, run_kto, split_off_baseline
 from align_core.stages.run import read_metrics
 from align_core.types import Batch
 
@@ -20,7 +22,11 @@ def example(prompt: list[int], answer: list[int]) -> Example:
     )
 
 
-ROWS = [(example([1, 2], [3]), True), (example([4], [5, 6]), False), (example([7], [8]), True)]
+ROWS = [
+    Marked("a", example([1, 2], [3]), True),
+    Marked("b", example([4], [5, 6]), False),
+    Marked("c", example([7], [8]), True),
+]
 
 
 def test_second_half_pairs_each_prompt_with_the_response_before() -> None:
@@ -29,6 +35,35 @@ def test_second_half_pairs_each_prompt_with_the_response_before() -> None:
     assert sequences == [[1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 8], [4, 3], [7, 5, 6]]
     assert batch.sequence_column("desirable").tolist() == [True, False, True] * 2
     assert batch.select([5]).mask.tolist() == [False, True, True]
+
+
+def test_baseline_takes_the_response_of_another_prompt() -> None:
+    """Files hold the wanted and the unwanted response of a prompt one after the other; the second may be cut more."""
+    rows = [
+        Marked("a", example([1, 2], [3]), True),
+        Marked("a", example([2], [4, 4, 4]), False),
+        Marked("b", example([5], [6]), True),
+        Marked("b", example([5], [7]), False),
+    ]
+    batch = marked_batch(rows, max_length=10)
+    assert [batch.select([i]).tokens.tolist() for i in range(4, 8)] == [[1, 2, 7], [2, 7], [5, 4, 4, 4], [5, 4, 4, 4]]
+    same = marked_batch(rows[:2], max_length=10)
+    assert [same.select([i]).tokens.tolist() for i in (2, 3)] == [[1, 2, 4, 4, 4], [2, 3]]
+
+
+def test_held_out_batches_mix_prompts_of_a_file_of_pairs(
+    tmp_path: Path, make_config: Callable[..., KtoConfig], fake_world: Callable[..., Any]
+) -> None:
+    """Ten prompts with two responses each, two records a batch: in file order every batch would have one prompt."""
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [{"prompt": f"{n}?", "response": str(label), "label": label} for n in range(10) for label in (True, False)]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config, world = make_config("kto", eval_data=held_out, batch_size=2, steps=1), fake_world()
+    run_kto(config, world)
+    batches = world.trainers[0].measured[:10]
+    pairs = [[batch.select([i]) for i in (0, 1)] for batch in batches]
+    same = [np.array_equal(one.tokens[~one.mask], other.tokens[~other.mask]) for one, other in pairs]
+    assert sum(same) <= 2
 
 
 def test_mismatched_response_is_cut_to_fit() -> None:

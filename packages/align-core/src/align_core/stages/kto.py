@@ -1,11 +1,12 @@
 """KTO: learning from single responses that are marked as wanted or not (Ethayarajh et al. 2024, arXiv:2402.01306).
 
 Its baseline is the model's KL to the reference, estimated in every step on prompts of the batch with the response of
-the record before (section 4.2): those sequences are scored, not learnt.
+another record (section 4.2): those sequences are scored, not learnt.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from align_core.config import KtoConfig, TrainerConfig
 from align_core.data.dataset import Dataset, encoded
 from align_core.data.examples import Example, batch_of, encode_example
 from align_core.data.prefetch import prefetched
-from align_core.data.records import MarkedRecord, read_marked
+from align_core.data.records import Content, MarkedRecord, read_marked
 from align_core.errors import DataError
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
@@ -23,8 +24,15 @@ from align_core.stages.reference import MakeBatch, Reference, References, with_r
 from align_core.stages.world import Model, World
 from align_core.types import Batch
 
-Marked = tuple[Example, bool]
-"""A sequence, and whether its response is wanted."""
+
+class Marked(NamedTuple):
+    """A record as tokens."""
+
+    prompt: Content
+    """As in the record: two sequences of one prompt may have been cut differently."""
+    example: Example
+    desirable: bool
+    """Whether the response is wanted."""
 
 
 def run_kto(config: KtoConfig, world: World) -> None:
@@ -35,7 +43,7 @@ def run_kto(config: KtoConfig, world: World) -> None:
         example = encode_example(
             tokenizer, record.prompt, record.response, template=config.template, max_length=config.max_length
         )
-        return example, record.desirable
+        return Marked(record.prompt, example, record.desirable)
 
     data = open_data(config, read_marked, encode)
     records, held_out, order = data.records, data.held_out, data.order
@@ -82,10 +90,14 @@ def run_kto(config: KtoConfig, world: World) -> None:
 
 
 def marked_batch(rows: Sequence[Marked], *, max_length: int) -> Batch:
-    """The sequences of the rows, then the prompt of each with the response of the row before; `desirable` as 0 or 1."""
-    matched = [example for example, _ in rows]
-    mismatched = [_mismatched(own, other, max_length) for own, other in zip(matched, [matched[-1], *matched[:-1]])]
-    desirable = np.asarray([wanted for _, wanted in rows] * 2, dtype=np.bool_)
+    """The sequences of the rows, then the prompt of each with another's response; `desirable` as 0 or 1.
+
+    The other is the nearest row before whose prompt differs; before the first row stands the last. Where all rows have
+    one prompt it is the row before.
+    """
+    matched = [row.example for row in rows]
+    mismatched = [_mismatched(row.example, _other(rows, i), max_length) for i, row in enumerate(rows)]
+    desirable = np.asarray([row.desirable for row in rows] * 2, dtype=np.bool_)
     return batch_of([*matched, *mismatched]).with_columns(sequences={"desirable": desirable})
 
 
@@ -100,6 +112,11 @@ def split_off_baseline(model: Model, batch: Batch) -> tuple[Batch, float]:
     return matched.with_columns(sequences={"kl": np.full(half, kl, np.float32)}), kl
 
 
+def _other(rows: Sequence[Marked], own: int) -> Example:
+    before = (rows[own - back] for back in range(1, len(rows)))
+    return next((row for row in before if row.prompt != rows[own].prompt), rows[own - 1]).example
+
+
 def _mismatched(own: Example, other: Example, max_length: int) -> Example:
     """The prompt of one with the response of another, which is cut at the right to fit."""
     prompt, answer = own.tokens[~own.mask], other.tokens[other.mask]
@@ -109,13 +126,17 @@ def _mismatched(own: Example, other: Example, max_length: int) -> Example:
 
 
 def _parts(held_out: Dataset[MarkedRecord] | None, batch_size: int) -> list[list[int]]:
-    """Held-out records in batches of about the size of training's, none of them alone: a baseline needs two."""
+    """Held-out records in batches of about the size of training's, none of them alone: a baseline needs two.
+
+    Shuffled, as files hold the responses of a prompt one after another; always alike, so that runs can be compared.
+    """
     if held_out is None:
         return []
     if len(held_out) < 2:
         raise DataError(f"{held_out.where(0)} is the only held-out record; KTO's KL baseline needs two or more")
     number = max(1, len(held_out) // batch_size)
-    return [part.tolist() for part in np.array_split(np.arange(len(held_out)), number)]
+    shuffled = np.random.default_rng(0).permutation(len(held_out))
+    return [part.tolist() for part in np.array_split(shuffled, number)]
 
 
 def _measure(
