@@ -83,6 +83,18 @@ def test_best_is_the_first_of_the_highest_accuracy_or_the_lowest_loss(
     assert (config.out / "best" / "weights").read_text() == str(model.exports)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["eval_loss", "eval_accuracy"])
+def test_model_whose_metric_is_no_number_is_never_the_best(
+    make_config: Callable[..., Any], name: str, wrong: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is better or worse than NaN: kept once, it would give its place to whatever came next."""
+    config = make_config("sft", eval_data=make_config("sft").data, eval_every=2, keep_best=True)
+    model, found = evaluate(config, name, [wrong, 2.0, wrong, 2.0])
+    assert (found, model.exports) == ({"step": 2, name: 2.0}, 1)
+    assert f"{name} after 4 steps is {wrong}: that model is not kept as the best" in caplog.text
+
+
 def test_keep_last_keeps_so_many_checkpoints(make_config: Callable[..., Any], fake_world: Callable[..., Any]) -> None:
     config = make_config("sft", keep_last=2, save_every=1)
     with pytest.raises(Exception, match=r"^step$"):

@@ -10,6 +10,7 @@ import pytest
 
 from align_core.config import RewardConfig
 from align_core.data.examples import Example
+from align_core.errors import DataError
 from align_core.stages.reward import ranked_batch, run_reward
 
 
@@ -55,3 +56,15 @@ def test_missing_held_out_file_is_found_before_training(
     with pytest.raises(Exception, match="nowhere' does not exist"):
         run_reward(make_config("reward", eval_data=tmp_path / "nowhere"), world)
     assert world.trainers == []
+
+
+def test_held_out_file_that_ranks_nothing_is_refused_before_anything_is_written(
+    tmp_path: Path, make_config: Callable[..., RewardConfig], fake_world: Callable[..., Any]
+) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text('{"prompt": "12?", "response": ["7", "1"], "score": [1, 1]}\n' * 2, encoding="utf-8")
+    config, world = make_config("reward", eval_data=held_out), fake_world()
+    with pytest.raises(DataError, match=r"held_out.jsonl, line 1\) scores one response above another"):
+        run_reward(config, world)
+    assert world.trainers == []
+    assert not config.out.exists()

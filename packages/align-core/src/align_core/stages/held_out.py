@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,9 @@ class Evaluation:
     def _keep_best(self, step: int, metrics: Mapping[str, float]) -> None:
         """Exports the model where its accuracy is higher, or without one its loss lower, than at every step before."""
         name = "eval_accuracy" if "eval_accuracy" in metrics else "eval_loss"
+        if not math.isfinite(metrics[name]):
+            logger.warning("%s after %d steps is %s: that model is not kept as the best", name, step, metrics[name])
+            return
         sign = 1.0 if name == "eval_accuracy" else -1.0
         record = self._config.out / "best" / "best.json"
         best: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}

@@ -9,6 +9,7 @@ from align_core.data.dataset import Dataset, encoded
 from align_core.data.examples import Example, batch_of, encode_ranked
 from align_core.data.prefetch import prefetched
 from align_core.data.records import RankedRecord, read_ranked
+from align_core.errors import DataError
 from align_core.stages.calibration import calibration, pair_margins
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation
@@ -28,6 +29,8 @@ def run_reward(config: RewardConfig, world: World) -> None:
 
     data = open_data(config, read_ranked, encode)
     records, held_out, order = data.records, data.held_out, data.order
+    if held_out:
+        _check_ranked(held_out)
     run = data.run(config)
     if run.finished:
         return
@@ -72,6 +75,14 @@ def evaluate(
     every = np.concatenate(scores).astype(np.float64)
     measured = {**calibration(np.concatenate(margins)), "score_mean": every.mean(), "score_std": every.std()}
     return {f"eval_{name}": float(value) for name, value in measured.items()}
+
+
+def _check_ranked(held_out: Dataset[RankedRecord]) -> None:
+    if not any(len(set(record.scores)) > 1 for record in held_out):
+        raise DataError(
+            f"no held-out record (the first is {held_out.where(0)}) scores one response above another, so that there "
+            "is nothing to measure; give eval_data with scores that differ"
+        )
 
 
 def _encode(tokenizer: Tokenizer, record: RankedRecord, config: RewardConfig) -> list[Example]:
