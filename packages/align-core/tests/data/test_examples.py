@@ -170,3 +170,18 @@ def test_pair_shares_its_prompt(tokenizer: Tokenizer) -> None:
     )
     assert (learnt(tokenizer, chosen).strip(), learnt(tokenizer, rejected).strip()) == ("2", "3")
     assert chosen.tokens[~chosen.mask].tolist() == rejected.tokens[~rejected.mask].tolist()
+
+
+def test_responses_of_one_record_see_the_same_cut_prompt(tokenizer: Tokenizer) -> None:
+    """The longest response decides: a shorter one beside more of the prompt would differ in more than the response."""
+    prompt, responses = "1 + " * 60 + "1?", ["85", "12345678", "12345678" * 10]
+    pair = PreferenceRecord(prompt=prompt, chosen=responses[0], rejected=responses[1])
+    ranked = RankedRecord(prompt=prompt, responses=responses, scores=[2.0, 1.0, 0.0])
+    for group, longest in (
+        (encode_pair(tokenizer, pair, template="auto", max_length=40), responses[1]),
+        (encode_ranked(tokenizer, ranked, template="auto", max_length=40), responses[2]),
+    ):
+        alone = example(tokenizer, prompt, longest, 40)
+        for made in group:
+            assert made.tokens[~made.mask].tolist() == alone.tokens[~alone.mask].tolist()
+        assert max(len(made.tokens) for made in group) == len(alone.tokens) <= 40

@@ -27,17 +27,33 @@ class Example:
 
 
 def encode_example(tokenizer: Tokenizer, prompt: Content, response: str, *, template: str, max_length: int) -> Example:
-    """Prompt and response of at most `max_length` tokens.
+    """Prompt and response of at most `max_length` tokens, cut as `encode_responses` does."""
+    return encode_responses(tokenizer, prompt, [response], template=template, max_length=max_length)[0]
+
+
+def encode_responses(
+    tokenizer: Tokenizer, prompt: Content, responses: Sequence[str], *, template: str, max_length: int
+) -> list[Example]:
+    """Each response after the same prompt, at most `max_length` tokens together.
 
     A response longer than half the room is cut at the right when the prompt needs the rest; a prompt that is still
-    too long is cut at the left of its content, so that the template's closing tag always stays.
+    too long beside the longest response is cut at the left of its content, so that the template's closing tag always
+    stays.
     """
-    answer = encode_response(tokenizer, response, template=template)
-    room_for_answer = max(max_length // 2, max_length - len(_prompt_tokens(tokenizer, prompt, template, max_length)))
-    answer = answer[:room_for_answer]
-    question = _prompt_tokens(tokenizer, prompt, template, max_length - len(answer))
-    tokens = np.concatenate([question, answer])
-    return Example(tokens=tokens, mask=np.arange(len(tokens)) >= len(question))
+    answers = [encode_response(tokenizer, text, template=template) for text in responses]
+    question = _prompt_tokens(tokenizer, prompt, template, max_length)
+    room_for_answer = max(max_length // 2, max_length - len(question))
+    answers = [answer[:room_for_answer] for answer in answers]
+    room_for_question = max_length - max(map(len, answers))
+    if len(question) > room_for_question:
+        question = _prompt_tokens(tokenizer, prompt, template, room_for_question)
+    return [
+        Example(
+            tokens=np.concatenate([question, answer]),
+            mask=np.arange(len(question) + len(answer)) >= len(question),
+        )
+        for answer in answers
+    ]
 
 
 def encode_sft(
@@ -62,18 +78,13 @@ def encode_sft(
 
 def encode_ranked(tokenizer: Tokenizer, record: RankedRecord, *, template: str, max_length: int) -> list[Example]:
     """The examples of a record's responses, in their order."""
-    return [
-        encode_example(tokenizer, record.prompt, text, template=template, max_length=max_length)
-        for text in record.responses
-    ]
+    return encode_responses(tokenizer, record.prompt, record.responses, template=template, max_length=max_length)
 
 
 def encode_pair(tokenizer: Tokenizer, record: PreferenceRecord, *, template: str, max_length: int) -> Pair:
     """Chosen and rejected."""
-    chosen, rejected = (
-        encode_example(tokenizer, record.prompt, text, template=template, max_length=max_length)
-        for text in (record.chosen, record.rejected)
-    )
+    responses = [record.chosen, record.rejected]
+    chosen, rejected = encode_responses(tokenizer, record.prompt, responses, template=template, max_length=max_length)
     return chosen, rejected
 
 

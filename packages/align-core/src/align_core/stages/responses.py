@@ -8,7 +8,7 @@ import numpy as np
 from align_core.atomic import new_file
 from align_core.config import ResponsesConfig, TrainerConfig
 from align_core.data.dataset import check_each, encoded
-from align_core.data.examples import Example, batch_of, encode_example
+from align_core.data.examples import Example, batch_of, encode_responses
 from align_core.data.records import ResponsesRecord, read_responses
 from align_core.errors import DataError
 from align_core.stages.preflight import open_tokenizer
@@ -31,10 +31,9 @@ def annotate_responses(config: ResponsesConfig, world: World, *, head: Head, ann
     tokenizer = open_tokenizer(config)
 
     def encode(record: ResponsesRecord) -> list[Example]:
-        return [
-            encode_example(tokenizer, record.prompt, text, template=config.template, max_length=config.max_length)
-            for text in record.responses
-        ]
+        return encode_responses(
+            tokenizer, record.prompt, record.responses, template=config.template, max_length=config.max_length
+        )
 
     records = read_responses(config.data)
     check_each(records, encode)
