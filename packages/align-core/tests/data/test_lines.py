@@ -64,6 +64,7 @@ def test_last_line_needs_no_end(tmp_path: Path) -> None:
         ('[{"text": "1"}]', r"begins with '\[': a JSON array, not JSON lines"),
         ('{"text": "1"}\n{"text": 2}', "f, line 2: 'text' must be a text; expected text"),
         ('{"text": "1"}\n\n{"text": "2"', "f, line 3: Expecting"),
+        ('{"text": "1"}\n{"text": "a\\ud83d b"}', r"f, line 2: '\\ud83d' is half of a surrogate pair and no character"),
         ('{"text": "1"}\n"2"', "f, line 2: a str, not an object"),
         ("[" * 0 + '{"text": ' + "[" * 100_000, "f, line 1: .*recursion"),
     ],
@@ -71,6 +72,11 @@ def test_last_line_needs_no_end(tmp_path: Path) -> None:
 def test_bad_file_is_told_by_line(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         LineRecords(write(tmp_path / "f", content), text, expected="text")
+
+
+def test_character_written_as_a_pair_of_surrogates_is_read(tmp_path: Path) -> None:
+    records = LineRecords(write(tmp_path / "f", r'{"text": "\ud83d\ude00", "\\ud800": 1}'), text, expected="")
+    assert records[:] == ["\U0001f600"]
 
 
 def test_byte_that_is_no_utf8_has_a_line_number(tmp_path: Path) -> None:

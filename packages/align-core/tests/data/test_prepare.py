@@ -88,6 +88,18 @@ def test_hh_pairs_with_an_empty_answer_are_left_out_and_counted(
     assert "left out 1 of" in caplog.text
 
 
+def test_hh_pairs_whose_answers_follow_different_prompts_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = hh(10)
+    rows[3]["rejected"] = rows[4]["rejected"]
+    prepare("hh", write(tmp_path / "f.jsonl", rows), tmp_path / "out", held_out=2, seed=0)
+    pairs = [row for name in ("preferences", "test_preferences") for row in read(tmp_path / "out" / f"{name}.jsonl")]
+    assert len(pairs) == 9
+    assert not any("3?" in row["prompt"] for row in pairs)
+    assert "records, whose answers follow different prompts" in caplog.text
+
+
 def test_compressed_source_gives_the_same_files_and_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
     source = write(tmp_path / "f.jsonl", gsm8k(30))
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(source.read_bytes()))
@@ -110,6 +122,7 @@ def test_additions_need_no_source_and_hold_out_as_many_as_asked(tmp_path: Path) 
         ("gsm8k", {"question": "q", "answer": "no number"}, "expected 'question' and an 'answer' that ends in"),
         ("gsm8k", {"chosen": "a", "rejected": "b"}, "not a GSM8K record"),
         ("hh", {"chosen": "a", "rejected": "b"}, "not an HH record"),
+        ("hh", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "b"}, "not an HH record"),
     ],
 )
 def test_record_of_another_data_set_is_refused_and_nothing_is_written(
@@ -134,7 +147,7 @@ def test_bad_sources_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "nowhere' does not exist" in capsys.readouterr().err
     assert main(["data", "prepare", "hh", *out]) == 2
     assert "hh is prepared from its original file; give --source FILE" in capsys.readouterr().err
-    for line in (b"{", b'{"chosen": 1}', b"\xff"):
+    for line in (b"{", b'{"chosen": 1}', b"\xff", rb'{"chosen": "\udc00"}'):
         (tmp_path / "f.jsonl").write_bytes(b"\n" + line)
         assert main(["data", "prepare", "hh", "--source", str(tmp_path / "f.jsonl"), *out]) == 2
         assert "f.jsonl, line 2: " in capsys.readouterr().err

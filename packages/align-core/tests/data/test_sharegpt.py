@@ -62,3 +62,19 @@ def test_other_forms_are_told_by_number(tmp_path: Path, rows: list[object], mess
     (tmp_path / "f.json").write_text(json.dumps(rows), encoding="utf-8")
     with pytest.raises(DataError, match=message):
         read_sharegpt(tmp_path / "f.json")
+
+
+def test_line_ends_inside_of_texts_end_no_line(tmp_path: Path) -> None:
+    """U+2028, U+0085 and the like may stand in JSON as they are."""
+    said = "one\u2028two\u0085three"
+    row = {"conversations": [turn("human", said), turn("gpt", "yes")]}
+    lines = [json.dumps(row, ensure_ascii=False)] * 2
+    (tmp_path / "f.jsonl").write_bytes("\n\n".join(lines).encode("utf-8") + b"\r\n")
+    assert read_sharegpt(tmp_path / "f.jsonl") == [row, row]
+
+
+@pytest.mark.parametrize("bad", [b"{", b"\xff", rb'{"conversations": "\ud800"}'])
+def test_bad_line_is_told_by_number(tmp_path: Path, bad: bytes) -> None:
+    (tmp_path / "f.jsonl").write_bytes(json.dumps(talk(0)).encode() + b"\n" + bad)
+    with pytest.raises(DataError, match=r"f.jsonl, line 2: .*; expected a JSON array or JSON lines"):
+        read_sharegpt(tmp_path / "f.jsonl")

@@ -6,12 +6,12 @@ bytes a record.
 """
 
 import hashlib
-import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar, overload
 
+from align_core.data.json_text import parse_json
 from align_core.errors import DataError
 
 Record = TypeVar("Record")
@@ -81,11 +81,11 @@ class LineRecords(Sequence[Record], Generic[Record]):
 
     def _record(self, line: bytes, number: int) -> Record:
         try:  # decoded line by line, so that a byte that is not UTF-8 has a line number
-            row = json.loads(line.decode("utf-8"))
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise DataError(f"a {type(row).__name__}, not an object")
             return self._parse(row)
-        except (json.JSONDecodeError, DataError, UnicodeDecodeError, RecursionError) as error:
+        except DataError as error:
             raise DataError(f"{self.path}, line {number}: {error}; expected {self._expected}") from error
 
 

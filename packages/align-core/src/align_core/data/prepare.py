@@ -11,6 +11,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from align_core.atomic import new_directory
+from align_core.data.json_text import parse_json
 from align_core.data.marks import marked_rows
 from align_core.data.sharegpt import read_sharegpt, sharegpt_files
 from align_core.errors import DataError
@@ -116,17 +117,22 @@ def _spoilt_pair(row: Row, rng: random.Random) -> Row:
 
 
 def _dialogue_pairs(rows: Sequence[Row]) -> list[Row]:
-    """Pairs of answers; a record in which either answer is empty is left out and counted in the log."""
-    pairs = []
+    """Pairs of answers; records with an empty answer or answers to two prompts are left out and counted in the log."""
+    pairs, empty, apart = [], 0, 0
     for row in rows:
         prompt, tag, chosen = row.get("chosen", "").rpartition(_TAG)
-        rejected = row.get("rejected", "").rpartition(_TAG)[2]
-        if not tag:
+        prompt_of_rejected, tag_of_rejected, rejected = row.get("rejected", "").rpartition(_TAG)
+        if not tag or not tag_of_rejected:
             raise DataError(f"not an HH record: {row!r}; expected dialogues 'chosen' and 'rejected' with {_TAG!r}")
-        if chosen.strip() and rejected.strip():
+        if not chosen.strip() or not rejected.strip():
+            empty += 1
+        elif prompt != prompt_of_rejected:
+            apart += 1
+        else:
             pairs.append({"prompt": prompt + tag, "chosen": chosen, "rejected": rejected})
-    if len(pairs) < len(rows):
-        logger.warning("left out %d of %d records, in which an answer is empty", len(rows) - len(pairs), len(rows))
+    for number, why in ((empty, "in which an answer is empty"), (apart, "whose answers follow different prompts")):
+        if number:
+            logger.warning("left out %d of %d records, %s", number, len(rows), why)
     return pairs
 
 
@@ -138,8 +144,8 @@ def _read(source: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                row = parse_json(line)
+            except DataError as error:
                 raise DataError(f"{source}, line {number}: {error}") from error
             if not isinstance(row, dict) or not all(isinstance(value, str) for value in row.values()):
                 raise DataError(f"{source}, line {number}: expected an object of texts")

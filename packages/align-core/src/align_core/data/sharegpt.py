@@ -6,11 +6,11 @@
 A file is one JSON array, or JSON lines.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from align_core.data.json_text import parse_json
 from align_core.errors import DataError
 
 Messages = list[dict[str, str]]
@@ -25,17 +25,28 @@ def read_sharegpt(source: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: no JSON, or a row that is not of that form.
     """
-    text = source.read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: {error}; expected a JSON array or JSON lines") from error
+    rows = _parse(source)
     for number, row in enumerate(rows):
         try:
             _messages(row)
         except DataError as error:
             raise DataError(f"{source}, conversation {number}: {error}") from error
-    return list(rows)
+    return rows
+
+
+def _parse(source: Path) -> list[Any]:
+    text, where = source.read_bytes(), str(source)
+    try:
+        if text.lstrip().startswith(b"["):
+            return list(cast("list[Any]", parse_json(text)))
+        rows = []
+        for number, line in enumerate(text.split(b"\n"), start=1):
+            where = f"{source}, line {number}"
+            if line.strip():
+                rows.append(parse_json(line))
+        return rows
+    except DataError as error:
+        raise DataError(f"{where}: {error}; expected a JSON array or JSON lines") from error
 
 
 def sharegpt_files(train: Sequence[dict[str, Any]], test: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
