@@ -117,6 +117,15 @@ def test_line_cut_off_by_a_crash_is_left_out(make_config: Callable[..., Any]) ->
     assert read_metrics(config.out / "nowhere") == []
 
 
+def test_precision_and_balance_loss_are_those_that_the_run_began_with(make_config: Callable[..., Any]) -> None:
+    """A bfloat16 checkpoint holds float32 main weights, which a float32 run would lose."""
+    walk(make_config("sft", training=TrainingConfig(dtype="bfloat16")), until=3)
+    changed = make_config("sft", training=TrainingConfig(dtype="float32", balance_coef=0.01))
+    complaint = r"\(training.balance_coef was 0.0, is 0.01; training.dtype was 'bfloat16', is 'float32'\); repeat"
+    with pytest.raises(ConfigError, match=complaint):
+        walk(changed)
+
+
 @pytest.mark.parametrize("until", [3, None])
 def test_other_settings_are_refused_by_name_in_a_run_that_saved_or_ended(
     make_config: Callable[..., Any], until: int | None
@@ -180,7 +189,7 @@ def test_run_that_saved_nothing_may_start_again_with_other_settings(make_config:
         {"save_every": 5},
         {"parallel": ParallelConfig(tensor=2)},
         {"reward_model_parallel": ParallelConfig(data=2)},
-        {"training": TrainingConfig(dtype="bfloat16", micro_batch_tokens=7)},
+        {"training": TrainingConfig(recompute="full", micro_batch_tokens=7)},
         {"engine": EngineConfig(name="other", context=64, dtype="bfloat16", kv_cache_mib=9, memory_fraction=0.9)},
         {"canary_threshold": 0.5},
         {"scoring": ScoringConfig(workers=0, on_failure="drop", url="http://localhost:9/v1", key_variable="KEY")},

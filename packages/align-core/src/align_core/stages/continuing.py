@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Settings (with all below them) that may change between a run and its continuation: they change speed, place, precision
-# and tolerance, not what is computed.
+# Settings (with all below them) that may change between a run and its continuation: they change speed, place and
+# tolerance, not what is computed. training.dtype is none of them: checkpoints hold float32 main weights under bfloat16.
 _FREE = {
     *("out", "save_every", "keep_last", "export", "trackers", "evaluations", "eval_limit"),
-    *("parallel", "reward_model_parallel", "value_parallel", "cluster", "training"),
+    *("parallel", "reward_model_parallel", "value_parallel", "cluster"),
+    *("training.micro_batch_tokens", "training.device", "training.layers", "training.async_save"),
+    *("training.recompute", "training.recompute_modules", "training.router_float32"),
     *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
     *("scoring.on_failure", "scoring.url", "scoring.key_variable"),  # a reward server may move
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
