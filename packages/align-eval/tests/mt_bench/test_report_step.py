@@ -183,6 +183,28 @@ def test_published_judgments_are_reported_without_answers_or_judge(data: Path, t
     assert (tmp_path / "out" / "report.html").read_text().count("the judge&#39;s prompt") == 3
 
 
+def test_published_judgments_of_several_judges_are_reported_one_judge_at_a_time(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"model": "m", "user_prompt": "?", "tstamp": 1.0, "question_id": 81, "turn": 1}
+    file = tmp_path / "both.jsonl"
+    judged = (("gpt-4", 9), ("claude", 2))
+    rows = [{**row, "judge": [name, "single-v1"], "judgment": f"[[{n}]]", "score": n} for name, n in judged]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    report = ["mt-bench", "report", "--out", str(tmp_path / "out"), "--data", str(data), "--judgments", str(file)]
+    for more in ([], ["--compatible"]):
+        assert main([*report, *more]) == 2
+        assert "several judges have judged here; choose with --judge: 'claude' or 'gpt-4'" in capsys.readouterr().err
+    for name, score in judged:
+        assert main([*report, "--judge", name]) == 0
+        made = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert (made["judge"], made["models"][0]["micro"]["mean"]) == (name, score)
+        assert main([*report, "--judge", name, "--compatible"]) == 0
+        assert f"{score}.000000" in capsys.readouterr().out
+    assert main([*report, "--judge", "three"]) == 2
+    assert "no judgments of 'three'; there are those of 'claude' or 'gpt-4'" in capsys.readouterr().err
+
+
 def test_what_is_missing_or_ambiguous_is_told(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["mt-bench", "report", "--out", str(tmp_path), "--data", str(data)]
     assert main(out) == 2

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -38,10 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     limit = arguments.limit
     judging: dict[str, Mapping[str, object]] = {}
     if arguments.judgments:
-        singles, pairs = _published(arguments.judgments)
+        judge, singles, pairs = _published(arguments.judgments, arguments.judge)
         ratings, matches = strict_ratings(singles), strict_matches(pairs)
-        names = dict.fromkeys([*(rating.judge for rating in ratings), *(match.judge for match in matches)])
-        judge = arguments.judge or " and ".join(names)
         judging["files"] = {"judgments": ", ".join(map(str, arguments.judgments))}
     else:
         judge = _judge(folder, arguments.judge)
@@ -70,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _rows(folder: Folder, arguments: argparse.Namespace) -> tuple[list[SingleRow], list[PairRow]]:
     if arguments.judgments:
-        return _published(arguments.judgments)
+        return _published(arguments.judgments, arguments.judge)[1:]
     judge = _judge(folder, arguments.judge)
     paths = {kind: folder.fastchat_judgments(judge, kind) for kind in _KINDS}
     singles = read_single([paths["single"]]) if paths["single"].is_file() else []
@@ -80,26 +78,36 @@ def _rows(folder: Folder, arguments: argparse.Namespace) -> tuple[list[SingleRow
 _KINDS: tuple[Kind, ...] = ("single", "pair")
 
 
-def _published(files: Sequence[Path]) -> tuple[list[SingleRow], list[PairRow]]:
-    """The rows of FastChat's files; a file's first line says of which kind it is."""
+def _published(files: Sequence[Path], judge: str | None) -> tuple[str, list[SingleRow], list[PairRow]]:
+    """The judge and its rows of FastChat's files; a file's first line says of which kind it is."""
     of_kind: dict[Kind, list[Path]] = {"single": [], "pair": []}
     for path in files:
         first = next(read_rows(path), None)
         if first is None:
             raise DataError(f"{str(path)!r} holds no judgments")
         of_kind["pair" if "model_1" in first[2] else "single"].append(path)
-    return read_single(of_kind["single"]), read_pairs(of_kind["pair"])
+    singles, pairs = read_single(of_kind["single"]), read_pairs(of_kind["pair"])
+    judge = _chosen({row.judge[0] for row in singles} | {row.judge[0] for row in pairs}, judge)
+    return judge, [row for row in singles if row.judge[0] == judge], [row for row in pairs if row.judge[0] == judge]
 
 
 def _judge(folder: Folder, name: str | None) -> str:
     there = folder.judges()
     if not there:
         raise DataError(f"{str(folder.root)!r} holds no judgments; run `align-eval mt-bench judge` first")
+    if name is None:
+        return _chosen(there, None)
+    _chosen(there, folder.judge_summary(name, "single").stem.rpartition("_")[0])
+    return name
+
+
+def _chosen(there: Collection[str], name: str | None) -> str:
+    """The judge that is named, or the only one: the scores of several make no common table."""
     if name is None and len(there) > 1:
         raise ConfigError(f"several judges have judged here; choose with --judge: {choices(there)}")
-    if name is not None and folder.judge_summary(name, "single").stem.rpartition("_")[0] not in there:
+    if name is not None and name not in there:
         raise DataError(f"there are no judgments of {name!r}; there are those of {choices(there)}")
-    return name or there[0]
+    return name or next(iter(there))
 
 
 def _own(folder: Folder, judge: str) -> tuple[list[Rating], list[Match], dict[str, Mapping[str, object]]]:
