@@ -153,6 +153,22 @@ def test_retry_after_of_hours_is_a_refusal() -> None:
         assert len(service.requests) == 1
 
 
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    with StubService(reply=lambda _: "good \ud83d") as service:
+        (reply,) = _ask(service, _request())
+    assert reply.text == "good ?"
+
+
+def test_reply_that_cannot_be_decoded_is_tried_again() -> None:
+    class Corrupt(StubService):
+        def _respond(self, handler: Any, body: dict[str, Any]) -> tuple[str, Any]:
+            return self._error(handler, 200, "no gzip", {"Content-Encoding": "gzip"})
+
+    with Corrupt() as service, pytest.raises(UnansweredError, match="no reply in 2 attempts, the last: DecodingError"):
+        _ask(service, _request(), attempts=2)
+    assert len(service.requests) == 2
+
+
 def test_empty_reply_is_an_answer_only_if_asked_for() -> None:
     with StubService(reply=lambda _: "") as service:
         with pytest.raises(UnansweredError, match="an empty reply"):

@@ -110,7 +110,7 @@ class OpenAiJudge:
                 raise _Passing(f"{self._config.base_url} does not answer ({self._clean(error)})") from None
             except httpx.TimeoutException as error:
                 raise _Passing(f"{type(error).__name__} after {self._config.timeout:g} s", may_cost=True) from None
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise _Passing(f"{type(error).__name__}: {self._clean(error)}", may_cost=True) from None
         if response.status_code != httpx.codes.OK:
             raise self._failure(response)
@@ -159,7 +159,7 @@ class OpenAiJudge:
         if not isinstance(text, str) or not (text.strip() or (self._accept_empty and reason == "stop")):
             raise _Passing(f"an empty reply (finish_reason {reason!r})", may_cost=True)
         return ChatReply(
-            text=text,
+            text=text.encode(errors="replace").decode(),  # half a surrogate pair goes into no file
             finish_reason=_FINISH.get(reason, "stop"),
             model=model,
             prompt_tokens=tokens[0] if isinstance(tokens[0], int) else None,
