@@ -16,13 +16,15 @@ def read_rows(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, str
     """
     if not path.is_file():
         raise DataError(f"the file {str(path)!r} does not exist")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
             if not isinstance(row, dict):
