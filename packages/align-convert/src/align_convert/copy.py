@@ -4,7 +4,7 @@ Each copy is first a plan (what is written, how large), with everything refused 
 `transfer` carries it out, in bounded memory, into a hidden directory beside the destination that is renamed when whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from align_convert.dtypes import dtype_name
 from align_convert.errors import PlanError
 from align_convert.formats.dist_output import plan_dist
 from align_convert.formats.hf_writer import DEFAULT_MAX_SHARD_SIZE, plan_hf
+from align_convert.formats.megatron_args import knows_rope_scaling
 from align_convert.formats.megatron_names import Naming
 from align_convert.formats.megatron_output import plan_megatron
 from align_convert.layout import Layout
@@ -97,7 +98,7 @@ def plan_to_megatron(
         output = plan_dist(source.config, layout, dtype=chosen, carry_from=source.root)
     else:
         output = plan_megatron(source.config, layout, dtype=chosen, naming=naming, carry_from=source.root)
-    return _plan(source, destination, output)
+    return _plan(source, destination, output, more_warnings=_megatron_warnings(source))
 
 
 def plan_to_hf(
@@ -220,14 +221,14 @@ def _check_copy(source: Source, destination: Path, *, dtype: torch.dtype | None,
     return dtype if dtype is not None else _common_dtype(source)
 
 
-def _plan(source: Source, destination: Path, output: Output) -> CopyPlan:
+def _plan(source: Source, destination: Path, output: Output, *, more_warnings: Sequence[str] = ()) -> CopyPlan:
     carried = ("config.json", *(path.name for path in carried_files(source.root)))
     plan = CopyPlan(
         source=source,
         destination=destination,
         output=output,
         carried=carried,
-        warnings=(*source.warnings, *_warnings(source, output.dtype)),
+        warnings=(*source.warnings, *_warnings(source, output.dtype), *more_warnings),
     )
     already = unfinished(destination)
     written = sum(path.stat().st_blocks * 512 for path in already.rglob("*")) if already.is_dir() else 0
@@ -245,6 +246,13 @@ def _warnings(source: Source, dtype: torch.dtype) -> list[str]:
     if source.config.head == "pooler":
         found.append("the score head has two layers, which transformers cannot load; only align-convert reads it back")
     return found
+
+
+def _megatron_warnings(source: Source) -> list[str]:
+    if knows_rope_scaling(source.config):
+        return []
+    scaling = dict(source.config.rope_scaling or {})
+    return [f"Megatron's args have no word for rope scaling {scaling}; Megatron would compute unscaled positions"]
 
 
 def _common_dtype(source: Source) -> torch.dtype:

@@ -28,7 +28,7 @@ from align_convert import (
     rank_plan,
     write_megatron_rank,
 )
-from align_convert.copy import to_hf, to_megatron
+from align_convert.copy import plan_to_hf, plan_to_megatron, to_hf, to_megatron
 
 Make = Callable[..., ModelConfig]
 MakeHf = Callable[..., Path]
@@ -91,6 +91,9 @@ def test_config_is_rebuilt_from_args_alone(make_config: Make, make_hf: MakeHf, t
     models = {
         "plain": make_config(tie_word_embeddings=True, rope_theta=5e5, head_dim=12),
         "llama3": make_config(rope_scaling=scaling),
+        "linear": make_config(rope_scaling={"type": "linear", "factor": 4.0}),
+        "yarn": make_config(rope_scaling={"rope_type": "yarn", "factor": 4.0, "beta_fast": 16}),
+        "longer": make_config(rope_scaling=scaling | {"original_max_position_embeddings": 4096}),
         "score": make_config().with_head("score"),
     }
     for name, config in models.items():
@@ -102,9 +105,32 @@ def test_config_is_rebuilt_from_args_alone(make_config: Make, make_hf: MakeHf, t
         assert rebuilt.tensors() == config.tensors()
 
 
+def test_linear_scaling_is_said_in_megatron_words(make_config: Make, make_hf: MakeHf, tmp_path: Path) -> None:
+    """Also read back from a directory that Megatron itself has saved, which has not our copy of the mapping."""
+    source = load_any(make_hf(make_config(rope_scaling={"rope_type": "linear", "factor": 4.0})))
+    assert to_megatron(source, tmp_path / "m", layout=Layout()).warnings == ()
+    (tmp_path / "m" / "config.json").unlink()
+    _edit(tmp_path / "m", lambda state: delattr(state["args"], "hf_rope_scaling"))
+    reader = MegatronReader(tmp_path / "m")
+    assert (reader.args.rotary_seq_len_interpolation_factor, reader.args.use_rope_scaling) == (4.0, False)
+    assert reader.config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "llama3"])
+def test_scaling_without_megatron_words_is_warned_of(
+    make_config: Make, make_hf: MakeHf, tmp_path: Path, kind: str
+) -> None:
+    source = load_any(make_hf(make_config(rope_scaling={"rope_type": kind, "factor": 4.0})))
+    warnings = plan_to_megatron(source, tmp_path / "m", layout=Layout()).warnings
+    assert [kind in warning and "would compute unscaled positions" in warning for warning in warnings] == [True]
+    assert plan_to_hf(source, tmp_path / "h").warnings == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"hf_rope_scaling": 4}, "'rope_scaling' is 4; it must be an object or null"),
+        ({"rotary_seq_len_interpolation_factor": "x"}, "rotary_seq_len_interpolation_factor='x'; it must be a number"),
         ({"vocab_size": None}, "checkpoint args have no 'vocab_size'; put the model's config.json beside it"),
         ({"norm_epsilon": None, "layernorm_epsilon": None}, "have no 'norm_epsilon' or 'layernorm_epsilon'"),
         ({"add_bias_linear": True}, "add_bias_linear=True, which fits no known family; known: llama, mistral"),

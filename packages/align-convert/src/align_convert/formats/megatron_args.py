@@ -8,6 +8,7 @@ Source: arguments compared and restored by Megatron-LM core_v0.17.0 (check_check
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeGuard
 
 import torch
 
@@ -32,6 +33,7 @@ _LLAMA: Mapping[str, object] = {
     "apply_layernorm_1p": False,
 }
 
+_HF_ROPE_SCALING = "hf_rope_scaling"  # ours: Megatron ignores args that it does not know
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -65,8 +67,8 @@ def args_from_config(
 
 
 def _model_args(config: ModelConfig) -> dict[str, object]:
-    llama3 = _is_llama3_scaling(config.rope_scaling)
     return {
+        **_rope_args(config.rope_scaling),
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_size,
@@ -80,9 +82,19 @@ def _model_args(config: ModelConfig) -> dict[str, object]:
         "layernorm_epsilon": config.norm_eps,  # from core 0.17
         "use_rotary_position_embeddings": True,  # how core 0.8 and older say position_embedding_type
         "rotary_base": config.rope_theta,
-        "use_rope_scaling": llama3,
-        "rope_scaling_factor": config.rope_scaling["factor"] if llama3 and config.rope_scaling else 8.0,
         "untie_embeddings_and_output_weights": not config.tied_embeddings,
+    }
+
+
+def _rope_args(scaling: Mapping[str, object] | None) -> dict[str, object]:
+    """Megatron's settings, and Hugging Face's mapping beside them, from which it comes back whatever Megatron knows."""
+    llama3, linear = _is_llama3_scaling(scaling), _is_linear_scaling(scaling)
+    factor = (scaling or {}).get("factor")
+    return {
+        "use_rope_scaling": llama3,
+        "rope_scaling_factor": factor if llama3 else 8.0,
+        "rotary_seq_len_interpolation_factor": factor if linear else None,
+        _HF_ROPE_SCALING: None if scaling is None else dict(scaling),
     }
 
 
@@ -162,14 +174,25 @@ def config_from_args(args: Namespace, *, head: Head, dtype: torch.dtype) -> Mode
     hf["num_key_value_heads"] = _need(args, "num_query_groups") if grouped else hf["num_attention_heads"]
     if getattr(args, "kv_channels", None) is not None:
         hf["head_dim"] = args.kv_channels
-    if getattr(args, "use_rope_scaling", False):
-        hf["rope_scaling"] = {"rope_type": "llama3", "factor": float(_need_number(args)), **_LLAMA3_ROPE}
+    hf["rope_scaling"] = _rope_scaling_from_args(args)
     if family.has_experts:
         hf[family.experts_keys[0]] = _need(args, "num_experts")
         hf[family.expert_ffn_key] = _need(args, "moe_ffn_hidden_size", "ffn_hidden_size")
         hf["num_experts_per_tok"] = _need(args, "moe_router_topk")
         hf["norm_topk_prob"] = not getattr(args, "moe_router_pre_softmax", False)
     return ModelConfig.from_hf(hf).with_head(head)
+
+
+def _rope_scaling_from_args(args: Namespace) -> object:
+    """Hugging Face's mapping, or None; anything else that a file holds is refused where configs are read."""
+    stored: object = getattr(args, _HF_ROPE_SCALING, None)
+    if stored is not None:
+        return stored
+    if getattr(args, "use_rope_scaling", False):
+        return {"rope_type": "llama3", "factor": _need_number(args, "rope_scaling_factor"), **_LLAMA3_ROPE}
+    if getattr(args, "rotary_seq_len_interpolation_factor", None) is not None:
+        return {"rope_type": "linear", "factor": _need_number(args, "rotary_seq_len_interpolation_factor")}
+    return None
 
 
 def _family_from_args(args: Namespace) -> Family:
@@ -227,9 +250,20 @@ def check_args_match(args: Namespace, config: ModelConfig) -> None:
                 raise ConfigError(f"config.json makes {key} {value}, but the checkpoint args say {found!r}")
 
 
+def knows_rope_scaling(config: ModelConfig) -> bool:
+    """Whether args make Megatron compute the model's positions; where not, Megatron leaves them unscaled."""
+    scaling = config.rope_scaling
+    return scaling is None or _is_llama3_scaling(scaling) or _is_linear_scaling(scaling)
+
+
+def _is_linear_scaling(scaling: Mapping[str, object] | None) -> bool:
+    """Whether Megatron's --rotary-seq-len-interpolation-factor, by which positions are divided, computes the same."""
+    return scaling is not None and scaling.get("rope_type") == "linear" and _is_number(scaling.get("factor"))
+
+
 def _is_llama3_scaling(scaling: Mapping[str, object] | None) -> bool:
     """Whether Megatron's --use-rope-scaling computes the same; its three other numbers are fixed."""
-    if scaling is None or scaling.get("rope_type") != "llama3":
+    if scaling is None or scaling.get("rope_type") != "llama3" or not _is_number(scaling.get("factor")):
         return False
     return all(scaling.get(key) == value for key, value in _LLAMA3_ROPE.items())
 
@@ -242,11 +276,15 @@ def _need(args: Namespace, *names: str) -> object:
     raise ConfigError(f"checkpoint args have no {' or '.join(map(repr, names))}; put the model's config.json beside it")
 
 
-def _need_number(args: Namespace) -> float:
-    factor = _need(args, "rope_scaling_factor")
-    if isinstance(factor, int | float):
-        return float(factor)
-    raise ConfigError(f"checkpoint args say rope_scaling_factor={factor!r}; it must be a number")
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _need_number(args: Namespace, name: str) -> float:
+    value = _need(args, name)
+    if _is_number(value):
+        return float(value)
+    raise ConfigError(f"checkpoint args say {name}={value!r}; it must be a number")
 
 
 def _count(args: Namespace, name: str) -> int:
