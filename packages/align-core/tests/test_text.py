@@ -1,5 +1,6 @@
 """Prompts keep their closing tag when they are cut, and prompt plus response decode to the text that was meant."""
 
+import copy
 import random
 import shutil
 from pathlib import Path
@@ -8,7 +9,15 @@ import numpy as np
 import pytest
 
 from align_core.errors import CheckpointError, ConfigError, DataError
-from align_core.text import Tokenizer, as_text, encode_response, load_tokenizer, render_prompt, resolve_template
+from align_core.text import (
+    Tokenizer,
+    as_text,
+    encode_response,
+    load_tokenizer,
+    render_prompt,
+    resolve_template,
+    warn_of_other_turn_end,
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +181,42 @@ def test_missing_or_broken_tokenizers_are_named(tmp_path: Path, tiny_model: Path
     shutil.copy(tiny_model / "tokenizer.json", tmp_path)
     with pytest.raises(CheckpointError, match="has no end-of-sequence token; set it in its config"):
         load_tokenizer(tmp_path)
+
+
+def with_template(tokenizer: Tokenizer, template: str, *, eos: str = "<|im_end|>") -> Tokenizer:
+    """A copy with another chat template and end-of-sequence token."""
+    backend = copy.deepcopy(tokenizer._backend)
+    backend.chat_template, backend.eos_token = template, eos
+    return Tokenizer(backend, tokenizer.directory)
+
+
+def test_template_that_ends_turns_with_another_token_is_told_with_the_remedy(
+    chat: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ChatML over a base model's tokenizer: turns end in <|im_end|>, sequences in the base model's own token."""
+    chatml = chat._backend.chat_template
+    warn_of_other_turn_end(with_template(chat, chatml, eos="<|im_start|>"))
+    (message,) = caplog.messages
+    assert "closes an assistant's turn with '<|im_end|>', but the tokenizer's end-of-sequence token is" in message
+    assert message.endswith("set eos_token to '<|im_end|>' in tokenizer_config.json")
+    caplog.clear()
+    warn_of_other_turn_end(with_template(chat, "{% for m in messages %}{{ m.content }} so,{% endfor %}"))
+    (message,) = caplog.messages
+    assert "turn with 'so,', but" in message
+    assert message.endswith("have the template write the latter")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}{{ m.content }}{{ eos_token }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+        "{{ raise_exception('a tool must be given') }}",
+    ],
+)
+def test_template_that_ends_turns_rightly_or_not_at_all_is_not_complained_of(
+    template: str | None, chat: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_other_turn_end(with_template(chat, template or chat._backend.chat_template))
+    assert not caplog.messages

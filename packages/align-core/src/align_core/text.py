@@ -3,6 +3,7 @@
 Needs `transformers` when a tokenizer is loaded, not when this module is imported.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency, unknown_name
 from align_core.model_shape import check_directory
+
+logger = logging.getLogger(__name__)
 
 TemplateName = Literal["auto", "human-assistant", "chat", "plain"]
 Messages = Sequence[Mapping[str, str]]
@@ -62,6 +65,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def added_token(self, text: str) -> str | None:
+        """The longest special or added token that `text` begins with."""
+        found = [token for token in self._backend.get_added_vocab() if token and text.startswith(token)]
+        return max(found, key=len, default=None)
 
     def apply_chat_template(self, messages: Messages, *, is_open: bool = True) -> str:
         """The conversation in the tokenizer's own template.
@@ -115,6 +123,28 @@ def resolve_template(tokenizer: Tokenizer, template: str) -> str:
     if template == "chat" and not tokenizer.has_chat_template:
         raise ConfigError(f"the tokenizer in {tokenizer.directory} has no chat template; choose another template")
     return template
+
+
+def warn_of_other_turn_end(tokenizer: Tokenizer) -> None:
+    """Warns where the chat template closes an answer with something else than the tokenizer's end-of-sequence token.
+
+    The last answer of a conversation is learnt with that token, earlier ones as the template writes them. Nothing is
+    said of a template that writes nothing after an answer, or that does not take a question with its answer.
+    """
+    try:
+        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+        closing = tokenizer.apply_chat_template(turns, is_open=False).rpartition("Answer")[2].strip()
+    except DataError:
+        return
+    if not closing or tokenizer.eos_text in closing:
+        return
+    token = tokenizer.added_token(closing)
+    remedy = f"set eos_token to {token!r} in tokenizer_config.json" if token else "have the template write the latter"
+    logger.warning(
+        "the chat template in %s closes an assistant's turn with %r, but the tokenizer's end-of-sequence token is %r: "
+        "a conversation would be learnt with two different ends of a turn; %s",
+        *(tokenizer.directory, token or closing, tokenizer.eos_text, remedy),
+    )
 
 
 def render_prompt(

@@ -1,7 +1,11 @@
 """SFT hands the right batches to the trainer, and the policy learns what they say."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from align_core.config import SftConfig
 from align_core.data.order import indices_of_step
@@ -29,3 +33,18 @@ def test_loss_falls(make_config: Callable[..., SftConfig], fake_world: Callable[
     batch = world.trainers[0].seen[0]
     before = fake_world().trainer(world.trainers[0].config).logprobs(batch)[batch.mask].mean()
     assert world.trainers[0].logprobs(batch)[batch.mask].mean() > before + 1
+
+
+def test_chat_template_that_ends_turns_in_another_token_is_told_at_the_start(
+    tmp_path: Path,
+    make_config: Callable[..., SftConfig],
+    fake_world: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tmp_path / "chatty"
+    shutil.copytree(make_config("sft").model, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<s>{% endfor %}")
+    run_sft(make_config("sft", model=model, template="plain", out="plain"), fake_world())
+    assert "closes an assistant's turn" not in caplog.text
+    run_sft(make_config("sft", model=model, template="auto", out="chat"), fake_world())
+    assert "closes an assistant's turn with '<s>', but" in caplog.text

@@ -10,7 +10,7 @@ from align_core.errors import CheckpointError, ConfigError
 from align_core.model_shape import read_model_shape
 from align_core.rewards.sources import BUILT_IN, check_name, parse_rewards, resolve
 from align_core.stages.gpu_plan import roles
-from align_core.text import Tokenizer, load_tokenizer, resolve_template
+from align_core.text import Tokenizer, load_tokenizer, resolve_template, warn_of_other_turn_end
 from align_core.trackers import check_trackers
 from align_core.types import Head
 
@@ -26,7 +26,7 @@ def open_tokenizer(config: StageConfig | ResponsesConfig) -> Tokenizer:
     """
     model = config.model
     tokenizer = load_tokenizer(model)
-    resolve_template(tokenizer, config.template)
+    template = resolve_template(tokenizer, config.template)
     shape = read_model_shape(model)
     if tokenizer.vocab_size > shape.vocab:
         raise CheckpointError(
@@ -41,6 +41,8 @@ def open_tokenizer(config: StageConfig | ResponsesConfig) -> Tokenizer:
     check_devices(config)
     check_models(config)
     if isinstance(config, StageConfig):
+        if template == "chat":
+            warn_of_other_turn_end(tokenizer)
         check_trackers(config.trackers)
     if isinstance(config, PolicyConfig):
         check_engine(config)
