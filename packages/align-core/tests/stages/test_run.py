@@ -196,7 +196,7 @@ def test_run_that_saved_nothing_may_start_again_with_other_settings(make_config:
     ],
     ids=lambda free: next(iter(free)),
 )
-def test_speed_place_precision_and_tolerance_may_change(make_config: Callable[..., Any], free: dict[str, Any]) -> None:
+def test_speed_place_and_tolerance_may_change(make_config: Callable[..., Any], free: dict[str, Any]) -> None:
     walk(make_config("grpo"), until=3)
     assert walk(make_config("grpo", **free)).loaded == "step_2"
 

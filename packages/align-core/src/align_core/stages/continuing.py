@@ -13,7 +13,7 @@ _FREE = {
     *("training.micro_batch_tokens", "training.device", "training.layers", "training.async_save"),
     *("training.recompute", "training.recompute_modules", "training.router_float32"),
     *("canary_threshold", "samples", "scoring.workers", "scoring.timeout", "scoring.chunk", "scoring.retries"),
-    *("scoring.on_failure", "scoring.url", "scoring.key_variable"),  # a reward server may move
+    *("scoring.on_failure", "scoring.url", "scoring.key_variable", "scoring.patience"),  # a reward server may move
     *("engine.name", "engine.tensor", "engine.dtype", "engine.device", "engine.seed"),
     *("engine.memory_fraction", "engine.kv_cache_mib", "engine.enforce_eager", "engine.max_sequences"),
     *("engine.replicas", "engine.sleep", "engine.verify", "engine.transport"),
