@@ -19,7 +19,7 @@ from align_core.config import (
     StageConfig,
     TrainingConfig,
 )
-from align_core.errors import CheckpointError, ConfigError
+from align_core.errors import CheckpointError, ConfigError, DataError
 from align_core.stages.run import Run, read_metrics
 
 
@@ -228,3 +228,25 @@ def test_each_step_is_one_line_of_the_log(make_config: Callable[..., Any], caplo
     with caplog.at_level(logging.INFO):
         walk(make_config("sft", steps=2))
     assert [record.getMessage() for record in caplog.records] == ["step 1/2  value 0", "step 2/2  value 2"]
+
+
+@pytest.mark.parametrize(("until", "saved"), [(0, False), (3, True)])
+def test_another_model_under_the_same_path_is_noticed(
+    make_config: Callable[..., Any], tmp_path: Path, until: int, saved: bool
+) -> None:
+    """Same names and sizes, other weights: a run that saved is refused; what one that did not computed is dropped."""
+    model = tmp_path / "retrained"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(bytes(5 << 20))
+    config = make_config("sft", model=model)
+    walk(config, until=until)
+    reference = config.out / "checkpoints" / "reference_data.f32"
+    reference.parent.mkdir(exist_ok=True)
+    reference.touch()
+    (model / "model.safetensors").write_bytes(b"1" * (5 << 20))
+    if saved:
+        with pytest.raises(DataError, match=r"holds another model than when the run in .* began .setting model."):
+            Run(config)
+    else:
+        Run(config)
+    assert reference.exists() is saved

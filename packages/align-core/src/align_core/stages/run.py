@@ -1,7 +1,7 @@
 """The output directory of one stage: where it resumes, what it logs, when it saves, how it ends.
 
 OUT/config.yaml             the settings, resolved
-OUT/data.json               the run's id, size and hash of each data file, and the hash of each file with a reward
+OUT/data.json               its id; size and hash of each data file, fingerprints of models, hashes of reward files
 OUT/metrics.jsonl           one line a step
 OUT/tensorboard/ ...        what trackers write
 OUT/samples.jsonl           some completions of each step, of the stages that sample
@@ -40,6 +40,7 @@ from align_core.errors import (
     Stopped,
     missing_dependency,
 )
+from align_core.fingerprint import fingerprint
 from align_core.stages.continuing import changes, newer_settings, plain
 from align_core.stages.live import Screen, shown
 from align_core.stages.stopping import stop_request
@@ -83,7 +84,7 @@ class Run:
 
         Raises:
             ConfigError: the directory holds a run with other settings, or a tracker is not there.
-            DataError: it holds a run with other data.
+            DataError: it holds a run with other data, or with another model in the same directory.
         """
         self.config = config
         self.out = config.out
@@ -98,6 +99,7 @@ class Run:
         self._id = self._check_data(
             {name: found.fingerprint() for name, found in (data or {}).items()},
             {str(path): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in code},
+            _models(config),
         )
 
     @property
@@ -210,8 +212,10 @@ class Run:
             first_step=first_step,
         )
 
-    def _check_data(self, now: Mapping[str, list[Mapping[str, object]]], code: Mapping[str, str]) -> str:
-        """Compares the data and the hash of each file of code with what the run began with; returns the run's id."""
+    def _check_data(
+        self, now: Mapping[str, list[Mapping[str, object]]], code: Mapping[str, str], models: Mapping[str, str]
+    ) -> str:
+        """Compares data, hashes of code and fingerprints of models with what the run began with; returns its id."""
         path = self.out / "data.json"
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         begun = bool(before) and (self.finished or bool(_checkpoints(self.out)))
@@ -222,6 +226,12 @@ class Run:
                     f"{name} of the run in {self.out} has changed: {_data_change(old, files)}; "
                     "restore the file to continue, or choose another --out"
                 )
+        for name, found in models.items() if begun else ():
+            if before.get("models", {}).get(name, found) != found:
+                raise DataError(
+                    f"{str(getattr(self.config, name))!r} holds another model than when the run in {self.out} began "
+                    f"(setting {name}); restore it to continue, or choose another --out"
+                )
         if before and begun:
             for file, found in code.items():
                 if before.get("code", {}).get(file, found) != found:
@@ -229,10 +239,10 @@ class Run:
                         "%s has changed since the run in %s began; it goes on with the new one", file, self.out
                     )
             return str(before["id"])
-        if before.get("data", now) != now:  # no step was saved; what was computed belongs to the other data
-            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        if before and (before["data"], before.get("models", models)) != (now, models):
+            self._drop_computed()
         identity = uuid.uuid4().hex
-        write_json(path, {"id": identity, "data": now, "code": code})
+        write_json(path, {"id": identity, "data": now, "models": models, "code": code})
         return identity
 
     def _check_settings(self) -> None:
@@ -249,10 +259,14 @@ class Run:
                     f"{self.out} holds a run with other settings ({'; '.join(changed)}); "
                     "repeat those settings to continue it, or choose another --out"
                 )
-            if changed:  # no step was saved; what was computed before the first one belongs to the other settings
-                for computed in ("checkpoints", "best"):
-                    shutil.rmtree(self.out / computed, ignore_errors=True)
+            if changed:
+                self._drop_computed()
         write_text(path, yaml.safe_dump(now, sort_keys=False))
+
+    def _drop_computed(self) -> None:
+        """No step was saved: what was computed before the first one belongs to other settings, data or models."""
+        for computed in ("checkpoints", "best"):
+            shutil.rmtree(self.out / computed, ignore_errors=True)
 
     def _resume(self, model: Model, beside: Mapping[str, Model], state: Sequence[Stateful]) -> int:
         newest = max(_checkpoints(self.out), default=0)
@@ -335,6 +349,12 @@ def _data_change(before: list[dict[str, object]], now: list[Mapping[str, object]
         return f"{len(before)} files then, {len(now)} now"
     was, found = next((old, new) for old, new in zip(before, now) if old != dict(new))
     return ", ".join(f"{key} was {was[key]}, is {found[key]}" for key in was if was[key] != found[key])
+
+
+def _models(config: StageConfig) -> dict[str, str]:
+    """Settings that name a model's directory which is there, and fingerprints of what it holds."""
+    named = {name: getattr(config, name, None) for name in ("model", "reward_model")}
+    return {name: fingerprint(path) for name, path in named.items() if path is not None and path.is_dir()}
 
 
 def _checkpoints(out: Path) -> list[int]:
