@@ -88,7 +88,7 @@ def _add_judge(parser: argparse.ArgumentParser) -> None:
     add("--compatible", action="store_true", help="read verdicts as FastChat does, with its faults; ask once")
     add("--seed", type=int, default=0, help="of the judge's sampling")
     add("--dry-run", action="store_true", help="say how many calls there would be and what they cost; ask nothing")
-    add("--budget", type=float, metavar="USD", help="stop before more than this is spent")
+    add("--budget", type=float, metavar="USD", help="spend no more in this run; repeats after failures come on top")
     add(
         "--prices",
         type=Path,
