@@ -16,7 +16,7 @@ from align_core.config import PolicyConfig, TrainerConfig
 from align_core.errors import DataError
 from align_core.rewards.pool import RewardPool
 from align_core.rewards.sources import Weighted, parse_rewards, resolve, scores_of
-from align_core.stages.preflight import check_rewards, reward_names
+from align_core.stages.preflight import reward_names
 from align_core.stages.rollout import Question, Rollout
 from align_core.stages.world import World
 from align_core.text import Tokenizer, as_text
@@ -56,15 +56,14 @@ class Rewards:
     """All rewards of a stage: of training, and of its evaluations."""
 
     def __init__(self, config: PolicyConfig, world: World, tokenizer: Tokenizer) -> None:
-        """Loads the reward model and starts the processes.
+        """Loads the reward model and starts the processes, for settings that `preflight.check_rewards` has passed.
 
         Raises:
-            ConfigError: an unknown reward, one that lacks a setting, or a reward model with another tokenizer.
+            ConfigError: a function of the user's cannot be loaded.
         """
         self._config, self._tokenizer = config, tokenizer
         self._training = parse_rewards(config.reward)
         self._evaluation = parse_rewards(config.eval_reward) if config.eval_reward else self._training
-        check_rewards(config, tokenizer)
         names = reward_names(config)
         self._pools: dict[str, RewardPool] = {}
         self._early = ThreadPoolExecutor(max(1, config.scoring.workers), thread_name_prefix="align-score")
