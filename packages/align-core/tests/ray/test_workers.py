@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("ray")
 
+from ray.exceptions import ActorDiedError
+
 from align_core.config import ClusterConfig, ParallelConfig, TrainerConfig
 from align_core.errors import AlignError, DataError, WorkerError
 from align_core.ray import cluster, shared
@@ -208,6 +210,25 @@ def test_a_batch_reaches_every_rank(
     group = group_of(make_world())
     with shared.reachable(Batch.of([[1, 2, 3], [4]]), everyone_here=group.on_this_node) as batch:
         assert group.call("total", batch) == [10, 10]
+
+
+def test_calls_under_way_when_another_thread_closes_the_processes_end_in_deaths(
+    make_world: Callable[..., RayWorld],
+) -> None:
+    """One waits already, the other comes back to waiting only when the lines are closed."""
+    processes = group_of(make_world()).processes
+    calls = processes._calls
+    waiting = calls.start(dict.fromkeys(range(2), ("run", (time.sleep, 60.0))))
+    early, late = ({line: rank for line, rank in waiting.items() if rank == wanted} for wanted in range(2))
+    found: dict[int, Any] = {}
+    caller = threading.Thread(target=lambda: found.update(calls.ended(early, None)))
+    caller.start()
+    time.sleep(0.5)
+    processes.close()
+    caller.join(20)
+    found |= calls.ended(late, None)
+    assert not (early or late)
+    assert [type(found[rank]) for rank in range(2)] == [ActorDiedError] * 2
 
 
 def test_the_board_knows_a_rank_that_was_stopped(make_world: Callable[..., RayWorld]) -> None:

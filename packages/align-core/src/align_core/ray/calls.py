@@ -5,6 +5,7 @@ A result is what the method gave, the `Failure` it ended in, or the RayActorErro
 
 import contextlib
 import pickle
+import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Protocol, cast
@@ -42,7 +43,7 @@ class Calls(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing is called any more."""
+        """Nothing is called any more; a thread that waits is told that the workers are dead."""
         ...
 
 
@@ -89,6 +90,8 @@ class LineCalls:
             self._lines = exchange.accept(len(actors), self._check)
         finally:
             exchange.close()
+        self._in_use = threading.Lock()  # a thread that closes the lines may not be the one that waits on them
+        self._closed = False
 
     def start(self, calls: Mapping[int, Call]) -> dict[Any, int]:
         """See `Calls`."""
@@ -102,16 +105,21 @@ class LineCalls:
 
     def ended(self, waiting: dict[Any, int], timeout_s: float | None) -> dict[int, Any]:
         """See `Calls`."""
-        found = cast("list[Line]", wait(list(waiting), timeout_s))
-        return {waiting[line]: self._receive(line, waiting.pop(line)) for line in found}
+        with self._in_use:
+            found = list(waiting) if self._closed else cast("list[Line]", wait(list(waiting), timeout_s))
+            messages = {waiting.pop(line): line.receive() for line in found}
+        return {rank: self._result(rank, message) for rank, message in messages.items()}
 
     def close(self) -> None:
         """See `Calls`."""
         for line in self._lines:
-            line.close()
+            line.hang_up()  # ends a wait
+        with self._in_use:
+            self._closed = True
+            for line in self._lines:
+                line.close()
 
-    def _receive(self, line: Line, rank: int) -> Any:
-        message = line.receive()
+    def _result(self, rank: int, message: bytearray | None) -> Any:
         if message is None:
             return self._death(rank)
         return pickle.loads(message)  # noqa: S301  (from a worker of this run, which said the secret)

@@ -50,10 +50,14 @@ class Line:
         except OSError:
             return None
 
-    def close(self) -> None:
-        """Hangs up; a thread that waits for a message at either end is told that there will be none."""
+    def hang_up(self) -> None:
+        """A thread that waits for a message, at either end, hears that there will be none; the descriptor stays."""
         with contextlib.suppress(OSError):  # the other end has hung up already
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hangs up and gives the descriptor back, which no thread may wait on then."""
+        self.hang_up()
         self._socket.close()
 
     def _exactly(self, count: int) -> bytearray | None:
