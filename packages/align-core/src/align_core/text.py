@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,9 +147,25 @@ def warn_of_other_turn_end(tokenizer: Tokenizer) -> None:
     )
 
 
+class RenderedPrompt(NamedTuple):
+    """A prompt in its template."""
+
+    tokens: NDArray[np.int32]
+    """int32 [L]."""
+    is_cut: bool
+    """Whether content was left out to make it fit."""
+
+
 def render_prompt(
     tokenizer: Tokenizer, content: str | Messages, *, template: str = "auto", max_tokens: int
 ) -> NDArray[np.int32]:
+    """The tokens of `fit_prompt`."""
+    return fit_prompt(tokenizer, content, template=template, max_tokens=max_tokens).tokens
+
+
+def fit_prompt(
+    tokenizer: Tokenizer, content: str | Messages, *, template: str = "auto", max_tokens: int
+) -> RenderedPrompt:
     """Token ids of a prompt in its template, cut at the left of its content until it fits.
 
     Args:
@@ -162,12 +178,13 @@ def render_prompt(
     """
     name = resolve_template(tokenizer, template)
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
+    is_cut = False
     while True:
         ids = _encode_messages(tokenizer, messages, name)
         excess = len(ids) - max_tokens
         if excess <= 0:
-            return np.asarray(ids, dtype=np.int32)
-        messages = _cut_left(tokenizer, messages, excess)
+            return RenderedPrompt(np.asarray(ids, dtype=np.int32), is_cut)
+        messages, is_cut = _cut_left(tokenizer, messages, excess), True
 
 
 def as_text(content: str | Messages) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align_core.data.dataset import check_each, encoded
+from align_core.data.dataset import each_encoded, encoded
 from align_core.data.records import SftRecord, read_sft
 from align_core.errors import DataError
 
@@ -54,5 +54,13 @@ def test_error_of_an_encoder_names_the_line(tmp_path: Path) -> None:
 
     assert encoded(records, 0, encode) == 1
     with pytest.raises(DataError, match="a, line 2: no room"):
-        check_each(records, encode)
-    check_each(records, encode, most=1)
+        list(each_encoded(records, encode))
+    assert list(each_encoded(records, encode, most=1)) == [1]
+
+
+def test_what_is_looked_at_beforehand_is_of_every_file(tmp_path: Path) -> None:
+    """Of 6 and 3 records 4: two thirds of it from the first file, rounded up as for the second."""
+    a, b = write(tmp_path / "a", *"123456"), write(tmp_path / "b", *"789")
+    records = read_sft([str(a), str(b)])
+    looked_at = ["".join(map(str, each_encoded(records, lambda r: r.prompt, most=most))) for most in (4, 9, 100)]
+    assert looked_at == ["12378", "123456789", "123456789"]

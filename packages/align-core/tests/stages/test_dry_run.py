@@ -9,14 +9,27 @@ import pytest
 
 from align_core.cli import main
 from align_core.config import ClusterConfig, EngineConfig, ParallelConfig, SamplingConfig, TrainingConfig
-from align_core.errors import AlignError, CheckpointError, ConfigError
+from align_core.errors import AlignError, CheckpointError, ConfigError, DataError
 from align_core.model_shape import read_model_shape
+from align_core.stages.dpo import run_dpo
 from align_core.stages.dry_run import plan_lines
 from align_core.stages.grpo import run_grpo
+from align_core.stages.kto import run_kto
 from align_core.stages.online_dpo import run_online_dpo
+from align_core.stages.reward import run_reward
 from align_core.stages.rlhf import run_rlhf
+from align_core.stages.sft import run_sft
+from align_core.text import encode_response, load_tokenizer, render_prompt
 
-RUN: dict[str, Callable[..., None]] = {"grpo": run_grpo, "online-dpo": run_online_dpo, "rlhf": run_rlhf}
+RUN: dict[str, Callable[..., None]] = {
+    "sft": run_sft,
+    "reward": run_reward,
+    "dpo": run_dpo,
+    "kto": run_kto,
+    "grpo": run_grpo,
+    "online-dpo": run_online_dpo,
+    "rlhf": run_rlhf,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +100,131 @@ REFUSED = {
     "eval_data": ({"eval_data": Path("nowhere")}, "data file 'nowhere' does not exist"),
     "sft_data": ({"sft_data": Path("nowhere"), "sft_coef": 0.1}, "data file 'nowhere' does not exist"),
 }
+
+
+EMPTY = {
+    "sft": ({"prompt": "1", "response": ""}, "'response' must be a text that is not empty, got ''"),
+    "reward": ({"prompt": "1", "response": ["1"], "score": [1]}, "1 responses with 1 scores"),
+    "dpo": ({"prompt": "1", "chosen": "", "rejected": "2"}, "'chosen' must be a text that is not empty"),
+    "kto": ({"prompt": "1", "response": "2", "label": "yes"}, "'label' must be true or false, got 'yes'"),
+    "grpo": ({"prompt": ""}, "'prompt' must be a text that is not empty"),
+}
+TURNS = [{"role": "system", "content": "1 + " * 100}, {"role": "user", "content": "1"}]  # no system's turn is cut
+TOO_LONG = {
+    "sft": {"prompt": TURNS, "response": "2"},
+    "reward": {"prompt": TURNS, "response": ["2", "3"], "score": [1, 0]},
+    "dpo": {"prompt": TURNS, "chosen": "2", "rejected": "3"},
+    "kto": {"prompt": TURNS, "response": "2", "label": True},
+    "grpo": {"prompt": TURNS},
+}
+
+
+@pytest.mark.usefixtures("length")
+@pytest.mark.parametrize("stage", EMPTY)
+@pytest.mark.parametrize(("setting", "what"), [("data", "bad"), ("data", "too long"), ("eval_data", "too long")])
+def test_a_record_that_the_stage_refuses_is_refused_by_the_plan(
+    stage: str, setting: str, what: str, make_config: Callable[..., Any], fake_world: Callable[..., Any]
+) -> None:
+    """The last of many records; the messages are equal, as both have them of one function."""
+    good = make_config(stage).data.read_text()
+    row, message = EMPTY[stage] if what == "bad" else (TOO_LONG[stage], "the prompt template alone is [0-9]+ tokens")
+    file = make_config(stage).out.with_name("many.jsonl")
+    file.write_text(good * 52 + json.dumps(row) + "\n")
+    config = make_config(stage, **{setting: file})
+    said = []
+    for refuse in (plan_lines, lambda config: RUN[stage](config, fake_world())):
+        with pytest.raises(DataError, match=f"many.jsonl, line 521: {message}") as refusal:
+            refuse(config)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "message"),
+    [
+        ("reward", [{"prompt": "1", "response": ["2", "3"], "score": [1, 1]}], "no held-out record .* scores one"),
+        ("kto", [{"prompt": "1", "response": "2", "label": True}], "is the only held-out record"),
+    ],
+)
+def test_held_out_records_that_measure_nothing_are_refused_by_both(
+    stage: str,
+    rows: list[dict[str, object]],
+    message: str,
+    make_config: Callable[..., Any],
+    fake_world: Callable[..., Any],
+) -> None:
+    held_out = make_config(stage).out.with_name("held_out.jsonl")
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(stage, eval_data=held_out)
+    with pytest.raises(DataError, match=message):
+        plan_lines(config)
+    with pytest.raises(DataError, match=message):
+        RUN[stage](config, fake_world())
+
+
+def test_plan_counts_what_training_will_see(make_config: Callable[..., Any], fake_world: Callable[..., Any]) -> None:
+    """Ten records of one batch: its tokens are those of the plan, its mask those learnt."""
+    for stage, sequences in (("sft", 10), ("reward", 30), ("dpo", 20), ("kto", 10)):
+        changes = {"reference": "step"} if stage in ("dpo", "kto") else {}
+        config = make_config(stage, batch_size=10, steps=1, out=stage, **changes)
+        plan, world = dict(plan_lines(config)), fake_world()
+        RUN[stage](config, world)
+        (batch,) = world.trainers[0].seen
+        tokens, learnt = len(batch.tokens), int(batch.mask.sum())
+        assert plan["data as tokens"] == (
+            f"10 records: {sequences} sequences of {tokens:,} tokens, {learnt:,} of them learnt; a sequence "
+            f"has {tokens / sequences:.1f}, at most {batch.lengths.max()}; nothing is cut"
+        )
+
+
+def test_plan_says_what_is_cut(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    """One prompt, one answer, and both in one record; a chat whose oldest exchange does not fit; and one that fits."""
+    long, turn = "1 + " * 60, {"role": "user", "content": "1?"}
+    chat = [turn, {"role": "assistant", "content": "12345678" * 6}, turn, {"role": "assistant", "content": "1"}]
+    rows: list[dict[str, object]] = [
+        {"prompt": f"{long}1?", "response": "2"},
+        {"prompt": "1?", "response": "12345678" * 20},
+        {"prompt": f"{long}1?", "response": "12345678" * 20},
+        {"messages": chat},
+        {"prompt": "1?", "response": "2"},
+    ]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = dict(plan_lines(make_config("sft", data=file, eval_data=file)))
+    assert plan["data as tokens"].startswith("5 records: 5 sequences of ")
+    assert plan["data as tokens"].endswith(
+        "at most 64; 4 records are too long and lose a part, none is dropped: 1 their oldest exchanges, "
+        "2 the beginning of the prompt's content, 2 the end of an answer"
+    )
+    assert plan["evaluation as tokens"] == plan["data as tokens"]
+
+
+@pytest.mark.usefixtures("length")
+def test_prompts_and_demonstrations_are_counted(make_config: Callable[..., Any]) -> None:
+    """A prompt has what `sampling.max_tokens` leaves of 64 tokens."""
+    demonstrations = make_config("sft").data
+    plan = dict(plan_lines(make_config("grpo", sft_data=demonstrations, sft_coef=0.1, sft_batch_size=4)))
+    tokenizer = load_tokenizer(make_config("sft").model)
+    prompts = [len(render_prompt(tokenizer, f"What is {n}?", max_tokens=64)) for n in range(10)]
+    answers = [len(encode_response(tokenizer, str(n * n))) for n in range(10)]
+    assert plan["data as tokens"] == (
+        f"10 records: 10 sequences of {sum(prompts)} tokens; a sequence has {sum(prompts) / 10:.1f}, at most "
+        f"{max(prompts)}; nothing is cut"
+    )
+    assert f"of {sum(prompts) + sum(answers)} tokens, {sum(answers)} of them learnt" in plan["sft_data as tokens"]
+    short = dict(plan_lines(make_config("grpo", sampling=SamplingConfig(n=3, max_tokens=64 - min(prompts) + 1))))
+    assert "10 records are too long and lose a part, none is dropped: 10 the beginning" in short["data as tokens"]
+
+
+def test_plan_says_how_many_of_a_large_file_it_encoded(make_config: Callable[..., Any], tmp_path: Path) -> None:
+    """The stage encodes 10,000 beforehand; a record behind them is refused when its step comes."""
+    file = tmp_path / "large.jsonl"
+    file.write_text('{"prompt": "1", "response": "2"}\n' * 10_002 + json.dumps(TOO_LONG["sft"]) + "\n")
+    plan = dict(plan_lines(make_config("sft", data=file)))
+    assert plan["data as tokens"].startswith(
+        "the first 10,000 of 10,003 records (the stage encodes the others in their steps): 10,000 sequences of "
+    )
 
 
 @pytest.mark.usefixtures("length")

@@ -1,5 +1,6 @@
 """One or several files of records as one sequence, with the order in which training goes through them."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -51,6 +52,13 @@ class Dataset(Sequence[Record], Generic[Record]):
         for first in range(0, len(self), size):
             yield range(first, min(first + size, len(self)))
 
+    def firsts(self, most: int) -> Iterator[int]:
+        """The indices of all records, or of the first ones of each file: `most`, and up to one more a further file."""
+        share, first = min(1.0, most / len(self)), 0
+        for end in self._ends:
+            yield from range(first, first + math.ceil((end - first) * share))
+            first = end
+
     def where(self, index: int) -> str:
         """File and line of a record, for messages."""
         file, row = self._place(index)
@@ -99,17 +107,22 @@ def open_dataset(
     return Dataset(opened, ratios or None)
 
 
-def check_each(records: Dataset[Record], encode: Callable[[Record], object], *, most: int = 10_000) -> None:
-    """Encode the first records before any process starts, so that a template that refuses them is found early.
+Encoded = TypeVar("Encoded")
+
+
+def each_encoded(
+    records: Dataset[Record], encode: Callable[[Record], Encoded], *, most: int = 10_000
+) -> Iterator[Encoded]:
+    """The first records of each file through `encode`, before any process starts: what refuses them is found early.
+
+    Args:
+        most: about how many records; each file gives as many as is its share of all.
 
     Raises:
         DataError: with file and line of the record.
     """
-    for index in range(min(len(records), most)):
-        encoded(records, index, encode)
-
-
-Encoded = TypeVar("Encoded")
+    for index in records.firsts(most):
+        yield encoded(records, index, encode)
 
 
 def encoded(records: Dataset[Record], index: int, encode: Callable[[Record], Encoded]) -> Encoded:

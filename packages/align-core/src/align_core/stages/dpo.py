@@ -15,19 +15,24 @@ from align_core.data.prefetch import prefetched
 from align_core.data.records import PreferenceRecord, read_preferences
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
-from align_core.stages.offline import open_data
+from align_core.stages.offline import OfflineData, open_data
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.reference import Reference, References, with_reference
 from align_core.stages.world import World
 from align_core.types import Batch
 
 
-def run_dpo(config: DpoConfig, world: World) -> None:
-    """Trains `config.model` on the preferences in `config.data`; the result is a Megatron checkpoint in OUT/model."""
+def open_dpo(config: DpoConfig) -> OfflineData[PreferenceRecord, Pair]:
+    """The data as it is trained on; raises what `open_tokenizer` and `open_data` raise."""
     tokenizer = open_tokenizer(config)
     encode = partial(encode_pair, tokenizer, template=config.template, max_length=config.max_length)
-    data = open_data(config, read_preferences, encode)
-    records, held_out, order = data.records, data.held_out, data.order
+    return open_data(config, read_preferences, encode, list)
+
+
+def run_dpo(config: DpoConfig, world: World) -> None:
+    """Trains `config.model` on the preferences in `config.data`; the result is a Megatron checkpoint in OUT/model."""
+    data = open_dpo(config)
+    records, held_out, order, encode = data.records, data.held_out, data.order, data.encode
     run = data.run(config)
     if run.finished:
         return

@@ -1,4 +1,7 @@
-"""What a stage would do, from its settings, its data and the model's config.json; nothing is started or written."""
+"""What a stage would do, from its settings, its data and the model's config.json; nothing is started or written.
+
+The data is opened and encoded by the stage's own function, so that what the stage would refuse is refused here.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,27 +16,41 @@ from align_core.config import (
     SftConfig,
     StageConfig,
 )
-from align_core.data.dataset import Dataset
+from align_core.data.examples import Cut
 from align_core.data.files import DataFiles
-from align_core.data.records import read_marked, read_preferences, read_prompts, read_ranked, read_sft
+from align_core.data.tally import Tally
 from align_core.doctor import cuda_gpus
 from align_core.memory import ModelMemory, engine_memory, models_memory
 from align_core.model_shape import ModelShape, read_model_shape
+from align_core.stages.dpo import open_dpo
 from align_core.stages.gpu_plan import gpu_lines, roles
-from align_core.stages.preflight import open_tokenizer
+from align_core.stages.kto import open_kto
+from align_core.stages.offline import OfflineData
 from align_core.stages.prepare import open_demonstrations
+from align_core.stages.reward import open_reward
 from align_core.stages.rollout import Prompts
+from align_core.stages.sft import open_sft
 from align_core.types import Head
 
 Line = tuple[str, str]
 """A name and what is planned under it."""
 
-_READERS: dict[type[StageConfig], Callable[[DataFiles], Dataset[Any]]] = {
-    SftConfig: read_sft,
-    RewardConfig: read_ranked,
-    DpoConfig: read_preferences,
-    KtoConfig: read_marked,
+_OPEN: dict[type[StageConfig], Callable[[Any], OfflineData[Any, Any]]] = {
+    SftConfig: open_sft,
+    RewardConfig: open_reward,
+    DpoConfig: open_dpo,
+    KtoConfig: open_kto,
 }
+
+_LOSES: dict[Cut, str] = {
+    "exchanges": "their oldest exchanges",
+    "prompt": "the beginning of the prompt's content",
+    "answer": "the end of an answer",
+}
+
+
+Opened = Prompts | OfflineData[Any, Any]
+"""What a stage opens; both have `records`, `held_out` and the tallies of them."""
 
 
 def plan_lines(config: StageConfig) -> list[Line]:
@@ -42,29 +59,26 @@ def plan_lines(config: StageConfig) -> list[Line]:
     Raises:
         AlignError: what the stage would say before it starts a process.
     """
-    records = _checked_records(config)
+    data, demonstrations = _opened(config)
     shape = read_model_shape(config.model)
     device = "GPU" if _on_gpus(config) else "process"
     return [
         *_model_lines(config, shape, device),
         *(_engine_lines(config, shape, device) if isinstance(config, PolicyConfig) else ()),
-        *_data_lines(config, records),
+        *_data_lines(config, data, demonstrations),
         *([("warning", config.sampling_bias)] if isinstance(config, PolicyConfig) and config.sampling_bias else []),
         *_memory_lines(config, device),
         *_file_lines(config, shape),
     ]
 
 
-def _checked_records(config: StageConfig) -> Dataset[Any]:
-    """The records to train on, once all that the stage looks at before it writes has been looked at."""
-    if isinstance(config, PolicyConfig):
-        prompts = Prompts(config)
-        open_demonstrations(config, prompts.tokenizer)
-        return prompts.records
-    open_tokenizer(config)
-    records = _READERS[type(config)](config.data)
-    records.order(batch_size=config.batch_size, seed=config.seed)
-    return records
+def _opened(config: StageConfig) -> tuple[Opened, Tally | None]:
+    """The data, once all that the stage looks at before it writes has been looked at; and of the demonstrations."""
+    if not isinstance(config, PolicyConfig):
+        return _OPEN[type(config)](config), None
+    prompts = Prompts(config)
+    demonstrations = open_demonstrations(config, prompts.tokenizer)
+    return prompts, demonstrations.tally if demonstrations else None
 
 
 def _on_gpus(config: StageConfig) -> bool:
@@ -106,14 +120,17 @@ def _engine_lines(config: PolicyConfig, shape: ModelShape, device: str) -> Itera
     )
 
 
-def _data_lines(config: StageConfig, records: Dataset[Any]) -> Iterator[Line]:
-    words = [str(config.data)] if isinstance(config.data, Path) else config.data
+def _data_lines(config: StageConfig, data: Opened, demonstrations: Tally | None) -> Iterator[Line]:
+    words, records = _words(config.data), data.records
     yield "data", f"{', '.join(words)}: {len(records):,} records"
     drawn = config.steps * config.batch_size
     epochs = [drawn * share / size for size, share in records.shares()]
     if len(words) > 1:
         for word, (size, share), each in zip(words, records.shares(), epochs):
             yield f"data {word}", f"{size:,} records, {share:.1%} of the batches: {each:.2f} epochs"
+    yield "data as tokens", _tally_text(data.tally)
+    if demonstrations is not None:
+        yield "sft_data as tokens", _tally_text(demonstrations)
     once = f": {epochs[0]:.2f} epochs" if len(words) == 1 else ""
     yield "steps", f"{config.steps:,} of {config.batch_size:,} records{once}"
     copies = config.parallel.data
@@ -124,16 +141,36 @@ def _data_lines(config: StageConfig, records: Dataset[Any]) -> Iterator[Line]:
         + f"; at most {config.max_length:,} tokens a sequence, packed into micro-batches of "
         f"{config.training.micro_batch_tokens:,} tokens",
     )
-    yield from _evaluation_lines(config)
+    yield from _evaluation_lines(config, data)
 
 
-def _evaluation_lines(config: StageConfig) -> Iterator[Line]:
-    if isinstance(config, (OfflineConfig, PolicyConfig)) and config.eval_data:
-        held_out = _READERS.get(type(config), read_prompts)(config.eval_data)
-        shown = str(config.eval_data) if isinstance(config.eval_data, Path) else ", ".join(config.eval_data)
-        yield "evaluation", f"{shown}: {len(held_out):,} records every {config.eval_every:,} steps"
+def _evaluation_lines(config: StageConfig, data: Opened) -> Iterator[Line]:
+    if isinstance(config, (OfflineConfig, PolicyConfig)) and config.eval_data and data.held_out and data.held_out_tally:
+        shown = ", ".join(_words(config.eval_data))
+        yield "evaluation", f"{shown}: {len(data.held_out):,} records every {config.eval_every:,} steps"
+        yield "evaluation as tokens", _tally_text(data.held_out_tally)
     if isinstance(config, PolicyConfig) and config.evaluations:
         yield "evaluations", f"{config.evaluations} every {config.eval_every:,} steps"
+
+
+def _words(files: DataFiles) -> list[str]:
+    return [str(files)] if isinstance(files, Path) else files
+
+
+def _tally_text(found: Tally) -> str:
+    """Counts of what was encoded, whether that is all, and what did not fit; no stage leaves out a record."""
+    part = f"{found.records:,} records"
+    if found.records < found.whole:
+        part = f"the first {found.records:,} of {found.whole:,} records (the stage encodes the others in their steps)"
+    learnt = f", {found.learnt:,} of them learnt" if found.learnt else ""
+    cut = "nothing is cut"
+    if found.records_cut:
+        lost = ", ".join(f"{found.cut[what]:,} {text}" for what, text in _LOSES.items() if found.cut.get(what))
+        cut = f"{found.records_cut:,} records are too long and lose a part, none is dropped: {lost}"
+    return (
+        f"{part}: {found.sequences:,} sequences of {found.tokens:,} tokens{learnt}; a sequence has "
+        f"{found.tokens / found.sequences:,.1f}, at most {found.longest:,}; {cut}"
+    )
 
 
 def _memory_lines(config: StageConfig, device: str) -> Iterator[Line]:

@@ -18,7 +18,7 @@ from align_core.data.records import Content, MarkedRecord, read_marked
 from align_core.errors import DataError
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
-from align_core.stages.offline import open_data
+from align_core.stages.offline import OfflineData, open_data
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.reference import MakeBatch, Reference, References, with_reference
 from align_core.stages.world import Model, World
@@ -35,8 +35,13 @@ class Marked(NamedTuple):
     """Whether the response is wanted."""
 
 
-def run_kto(config: KtoConfig, world: World) -> None:
-    """Trains `config.model` on the marked responses in `config.data`; the result is a Megatron checkpoint."""
+def open_kto(config: KtoConfig) -> OfflineData[MarkedRecord, Marked]:
+    """The data as it is trained on.
+
+    Raises:
+        DataError: a single held-out record, which leaves no other for its baseline; and what `open_tokenizer` and
+            `open_data` raise.
+    """
     tokenizer = open_tokenizer(config)
 
     def encode(record: MarkedRecord) -> Marked:
@@ -45,8 +50,16 @@ def run_kto(config: KtoConfig, world: World) -> None:
         )
         return Marked(record.prompt, example, record.desirable)
 
-    data = open_data(config, read_marked, encode)
-    records, held_out, order = data.records, data.held_out, data.order
+    data = open_data(config, read_marked, encode, lambda marked: [marked.example])
+    if data.held_out is not None and len(data.held_out) < 2:
+        raise DataError(f"{data.held_out.where(0)} is the only held-out record; KTO's KL baseline needs two or more")
+    return data
+
+
+def run_kto(config: KtoConfig, world: World) -> None:
+    """Trains `config.model` on the marked responses in `config.data`; the result is a Megatron checkpoint."""
+    data = open_kto(config)
+    records, held_out, order, encode = data.records, data.held_out, data.order, data.encode
     held_out_parts = _parts(held_out, config.batch_size)
     run = data.run(config)
     if run.finished:
@@ -132,8 +145,6 @@ def _parts(held_out: Dataset[MarkedRecord] | None, batch_size: int) -> list[list
     """
     if held_out is None:
         return []
-    if len(held_out) < 2:
-        raise DataError(f"{held_out.where(0)} is the only held-out record; KTO's KL baseline needs two or more")
     number = max(1, len(held_out) // batch_size)
     shuffled = np.random.default_rng(0).permutation(len(held_out))
     return [part.tolist() for part in np.array_split(shuffled, number)]

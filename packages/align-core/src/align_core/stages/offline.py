@@ -1,25 +1,32 @@
-"""What the stages that learn from a file begin with: their data, opened and checked, and the run's directory."""
+"""What the stages that learn from a file begin with: their data, opened and encoded, and the run's directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from align_core.config import OfflineConfig
-from align_core.data.dataset import Dataset, Order, check_each
+from align_core.data.dataset import Dataset, Order, each_encoded
+from align_core.data.examples import Example
 from align_core.data.files import DataFiles
+from align_core.data.tally import Tally, tally
 from align_core.stages.run import Run
 
 Record = TypeVar("Record")
+Encoded = TypeVar("Encoded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OfflineData(Generic[Record]):
-    """Training and held-out records."""
+class OfflineData(Generic[Record, Encoded]):
+    """Training and held-out records, and what they are as tokens."""
 
     records: Dataset[Record]
     held_out: Dataset[Record] | None
     order: Order
     """Which records a step sees."""
+    encode: Callable[[Record], Encoded]
+    tally: Tally
+    """What encoding `records` came to."""
+    held_out_tally: Tally | None
 
     def run(self, config: OfflineConfig) -> Run:
         """The run's directory; raises what `Run` raises, for instance when the data is not what the run began with."""
@@ -27,9 +34,15 @@ class OfflineData(Generic[Record]):
 
 
 def open_data(
-    config: OfflineConfig, read: Callable[[DataFiles], Dataset[Record]], encode: Callable[[Record], object]
-) -> OfflineData[Record]:
+    config: OfflineConfig,
+    read: Callable[[DataFiles], Dataset[Record]],
+    encode: Callable[[Record], Encoded],
+    sequences: Callable[[Encoded], Sequence[Example]],
+) -> OfflineData[Record, Encoded]:
     """Open `config.data` and `config.eval_data`, and encode their first records, before anything starts.
+
+    Args:
+        sequences: those of an encoded record, to be counted.
 
     Raises:
         DataError: a missing file, a bad line, a record that the template refuses, or fewer records than a batch.
@@ -37,7 +50,15 @@ def open_data(
     records = read(config.data)
     held_out = read(config.eval_data) if config.eval_data else None
     order = records.order(batch_size=config.batch_size, seed=config.seed)
-    for part in (records, held_out):
-        if part is not None:
-            check_each(part, encode)
-    return OfflineData(records=records, held_out=held_out, order=order)
+
+    def counted(part: Dataset[Record]) -> Tally:
+        return tally(map(sequences, each_encoded(part, encode)), whole=len(part))
+
+    return OfflineData(
+        records=records,
+        held_out=held_out,
+        order=order,
+        encode=encode,
+        tally=counted(records),
+        held_out_tally=counted(held_out) if held_out is not None else None,
+    )

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from align_core.config import LossConfig, PolicyConfig
-from align_core.data.dataset import check_each, encoded
+from align_core.data.dataset import each_encoded, encoded
 from align_core.data.examples import batch_of, encode_sft
 from align_core.data.records import read_sft
+from align_core.data.tally import tally
 from align_core.stages.rewards import Scored
 from align_core.stages.sync import check_canary, compare_logprobs
 from align_core.stages.world import Model
@@ -102,7 +103,8 @@ class Demonstrations:
         self.records = read_sft(config.sft_data)
         self._encode = partial(encode_sft, tokenizer, template=config.template, max_length=config.max_length)
         self._order = self.records.order(batch_size=config.sft_batch_size, seed=config.seed + 1)
-        check_each(self.records, self._encode)
+        examples = ([example] for example in each_encoded(self.records, self._encode))
+        self.tally = tally(examples, whole=len(self.records))
 
     def mixed_into(self, batch: Batch, *, draw: int) -> Batch:
         """The batch, then demonstrations: `sft_weight` on their responses, other columns 0, groups of their own."""

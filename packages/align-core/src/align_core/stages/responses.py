@@ -1,13 +1,14 @@
 """Reads a file of responses, has a frozen model annotate them, and writes the rows with what it found."""
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from align_core.atomic import new_file
 from align_core.config import ResponsesConfig, TrainerConfig
-from align_core.data.dataset import check_each, encoded
+from align_core.data.dataset import each_encoded, encoded
 from align_core.data.examples import Example, batch_of, encode_responses
 from align_core.data.records import ResponsesRecord, read_responses
 from align_core.errors import DataError
@@ -36,7 +37,7 @@ def annotate_responses(config: ResponsesConfig, world: World, *, head: Head, ann
         )
 
     records = read_responses(config.data)
-    check_each(records, encode)
+    deque(each_encoded(records, encode), maxlen=0)  # for its errors
     model = world.trainer(
         TrainerConfig(
             model=config.model, head=head, trainable=False, parallel=config.parallel, training=config.training

@@ -1,6 +1,6 @@
 """Reward model: a scalar head that learns to rank the responses of a prompt (Bradley-Terry over all ordered pairs)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,24 +13,37 @@ from align_core.errors import DataError
 from align_core.stages.calibration import calibration, pair_margins
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation
-from align_core.stages.offline import open_data
+from align_core.stages.offline import OfflineData, open_data
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.world import Model, World
-from align_core.text import Tokenizer
 from align_core.types import Batch
+
+Ranked = tuple[list[Example], Sequence[float]]
+"""The responses of a record as tokens, and their scores."""
+
+
+def open_reward(config: RewardConfig) -> OfflineData[RankedRecord, Ranked]:
+    """The data as it is trained on.
+
+    Raises:
+        DataError: held-out records that rank nothing; and what `open_tokenizer` and `open_data` raise.
+    """
+    tokenizer = open_tokenizer(config)
+
+    def encode(record: RankedRecord) -> Ranked:
+        examples = encode_ranked(tokenizer, record, template=config.template, max_length=config.max_length)
+        return examples, record.scores
+
+    data = open_data(config, read_ranked, encode, lambda ranked: ranked[0])
+    if data.held_out is not None:
+        _check_ranked(data.held_out)
+    return data
 
 
 def run_reward(config: RewardConfig, world: World) -> None:
     """Trains a scalar head and the backbone of `config.model`; what `config.eval_data` shows goes to result.json."""
-    tokenizer = open_tokenizer(config)
-
-    def encode(record: RankedRecord) -> tuple[list[Example], Sequence[float]]:
-        return _encode(tokenizer, record, config), record.scores
-
-    data = open_data(config, read_ranked, encode)
-    records, held_out, order = data.records, data.held_out, data.order
-    if held_out:
-        _check_ranked(held_out)
+    data = open_reward(config)
+    records, held_out, order, encode = data.records, data.held_out, data.order, data.encode
     run = data.run(config)
     if run.finished:
         return
@@ -39,7 +52,7 @@ def run_reward(config: RewardConfig, world: World) -> None:
     def prepare(step: int) -> Batch:
         return ranked_batch([encoded(records, i, encode) for i in order(step)])
 
-    evaluation = Evaluation(config, model, (lambda: evaluate(model, held_out, tokenizer, config)) if held_out else None)
+    evaluation = Evaluation(config, model, (lambda: evaluate(model, held_out, encode)) if held_out else None)
     with prefetched(prepare, steps=config.steps) as batches:
         for step in run.steps(model):
             clock = Clock()
@@ -54,7 +67,7 @@ def run_reward(config: RewardConfig, world: World) -> None:
     run.finish(model, result, evaluate=evaluation.at_end)
 
 
-def ranked_batch(groups: Sequence[tuple[Sequence[Example], Sequence[float]]]) -> Batch:
+def ranked_batch(groups: Sequence[Ranked]) -> Batch:
     """All responses of some prompts end to end, with `group` (which prompt) and `label` (its score)."""
     batch = batch_of([example for examples, _ in groups for example in examples])
     group = np.repeat(np.arange(len(groups)), [len(examples) for examples, _ in groups])
@@ -63,12 +76,12 @@ def ranked_batch(groups: Sequence[tuple[Sequence[Example], Sequence[float]]]) ->
 
 
 def evaluate(
-    model: Model, held_out: Dataset[RankedRecord], tokenizer: Tokenizer, config: RewardConfig
+    model: Model, held_out: Dataset[RankedRecord], encode: Callable[[RankedRecord], Ranked]
 ) -> dict[str, float]:
     """Accuracy and calibration over all ordered pairs of the held-out records, mean and spread of the scores."""
     scores, margins = [], []
     for part in held_out.parts():
-        batch = ranked_batch([(_encode(tokenizer, record, config), record.scores) for record in part])
+        batch = ranked_batch([encode(record) for record in part])
         found = model.scores(batch)
         scores.append(found)
         margins.append(pair_margins(found, batch.sequence_column("label"), batch.sequence_column("group")))
@@ -83,7 +96,3 @@ def _check_ranked(held_out: Dataset[RankedRecord]) -> None:
             f"no held-out record (the first is {held_out.where(0)}) scores one response above another, so that there "
             "is nothing to measure; give eval_data with scores that differ"
         )
-
-
-def _encode(tokenizer: Tokenizer, record: RankedRecord, config: RewardConfig) -> list[Example]:
-    return encode_ranked(tokenizer, record, template=config.template, max_length=config.max_length)

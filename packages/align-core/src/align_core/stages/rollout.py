@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 
 from align_core.config import PolicyConfig, SamplingConfig
 from align_core.contracts import RolloutEngine
-from align_core.data.dataset import Dataset, check_each, record_and_encoded
+from align_core.data.dataset import Dataset, each_encoded, record_and_encoded
+from align_core.data.examples import prompt_example
 from align_core.data.records import PromptRecord, read_prompts
+from align_core.data.tally import Tally, tally
 from align_core.errors import DataError, WorkerError
 from align_core.stages.evaluations import Evaluations
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.run import Fingerprinted
 from align_core.stages.sync import check_versions
-from align_core.text import Tokenizer, render_prompt
+from align_core.text import RenderedPrompt, Tokenizer, fit_prompt
 from align_core.types import Batch, Completion, Prompt
 
 
@@ -65,9 +67,8 @@ class Prompts:
         self.records = read_prompts(config.data)
         self.held_out = read_prompts(config.eval_data) if config.eval_data else None
         self._order = self.records.order(batch_size=config.batch_size, seed=config.seed)
-        check_each(self.records, self._encode)
-        if self.held_out:
-            check_each(self.held_out, self._encode)
+        self.tally = self._counted(self.records)
+        self.held_out_tally = self._counted(self.held_out) if self.held_out else None
 
     @property
     def data(self) -> dict[str, Fingerprinted]:
@@ -85,11 +86,15 @@ class Prompts:
             return []
         return self._questions(self.held_out, range(len(self.held_out)), first_id=self._first_held_out)
 
+    def _counted(self, records: Dataset[PromptRecord]) -> Tally:
+        examples = map(prompt_example, each_encoded(records, self._encode))
+        return tally(([example] for example in examples), whole=len(records))
+
     def _questions(self, source: Dataset[PromptRecord], indices: Sequence[int], *, first_id: int) -> list[Question]:
         found = [record_and_encoded(source, i, self._encode) for i in indices]
         return [
-            Question(prompt=Prompt(id=first_id + k, tokens=tokens), record=record)
-            for k, (record, tokens) in enumerate(found)
+            Question(prompt=Prompt(id=first_id + k, tokens=rendered.tokens), record=record)
+            for k, (record, rendered) in enumerate(found)
         ]
 
 
@@ -141,8 +146,8 @@ def rollout_batch(prompts: Sequence[Prompt], completions: Sequence[Completion]) 
     )
 
 
-def _encode(record: PromptRecord, *, tokenizer: Tokenizer, template: str, max_tokens: int) -> NDArray[np.int32]:
-    return render_prompt(tokenizer, record.prompt, template=template, max_tokens=max_tokens)
+def _encode(record: PromptRecord, *, tokenizer: Tokenizer, template: str, max_tokens: int) -> RenderedPrompt:
+    return fit_prompt(tokenizer, record.prompt, template=template, max_tokens=max_tokens)
 
 
 def _room(config: PolicyConfig) -> int:

@@ -7,14 +7,14 @@ from align_core.data.prefetch import prefetched
 from align_core.data.records import SftRecord, read_sft
 from align_core.stages.clock import Clock
 from align_core.stages.held_out import Evaluation, mean_over
-from align_core.stages.offline import open_data
+from align_core.stages.offline import OfflineData, open_data
 from align_core.stages.preflight import open_tokenizer
 from align_core.stages.world import World
 from align_core.types import Batch
 
 
-def run_sft(config: SftConfig, world: World) -> None:
-    """Trains `config.model` on `config.data`; the result is a Megatron checkpoint in OUT/model."""
+def open_sft(config: SftConfig) -> OfflineData[SftRecord, Example]:
+    """The data as it is trained on; raises what `open_tokenizer` and `open_data` raise."""
     tokenizer = open_tokenizer(config)
 
     def encode(record: SftRecord) -> Example:
@@ -22,8 +22,13 @@ def run_sft(config: SftConfig, world: World) -> None:
             tokenizer, record, template=config.template, max_length=config.max_length, turns=config.loss.turns
         )
 
-    data = open_data(config, read_sft, encode)
-    records, held_out, order = data.records, data.held_out, data.order
+    return open_data(config, read_sft, encode, lambda example: [example])
+
+
+def run_sft(config: SftConfig, world: World) -> None:
+    """Trains `config.model` on `config.data`; the result is a Megatron checkpoint in OUT/model."""
+    data = open_sft(config)
+    records, held_out, order, encode = data.records, data.held_out, data.order, data.encode
     run = data.run(config)
     if run.finished:
         return
