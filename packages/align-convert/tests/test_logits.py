@@ -1,5 +1,6 @@
 """Files loaded by megatron-core itself give Hugging Face's logits, for every layout, spelling and format."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from align_convert import Layout, ModelConfig, load_any
 from align_convert.cli import main
 from align_convert.copy import to_megatron
+from align_convert.errors import ConfigError
 from align_convert.formats.dist_reader import DistReader
 from align_convert.logits.compare import TOLERANCE, logits_of
 from align_convert.verify import first_difference
@@ -63,6 +65,50 @@ def test_families_in_megatron_core_give_huggingface_logits(
     source = load_any(_source(make_family, make_hf, family, num_hidden_layers=2))
     to_megatron(source, tmp_path / "m", layout=Layout())
     assert _worst(logits_of(source, TOKENS), logits_of(load_any(tmp_path / "m"), TOKENS)) < TOLERANCE
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3, {"rope_type": "linear", "factor": 4.0}], ids=["llama3", "linear"])
+def test_scaled_positions_in_megatron_core_give_huggingface_logits(
+    make_family: Make, make_hf: MakeHf, tmp_path: Path, scaling: dict[str, object]
+) -> None:
+    """By the settings in the args; without them positions differ enough to see."""
+    changes = {"num_hidden_layers": 1, "rope_theta": 2e5, "max_position_embeddings": 16384}
+    directory = _source(make_family, make_hf, rope_scaling=scaling, **changes)
+    source = load_any(directory)
+    to_megatron(source, tmp_path / "m", layout=Layout())
+    tokens = torch.arange(1000).reshape(1, 1000) % 24 + 1
+    wanted = logits_of(source, tokens)
+    assert _worst(wanted, logits_of(load_any(tmp_path / "m"), tokens)) < TOLERANCE
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, "rope_scaling": None}))
+    assert _worst(wanted, logits_of(load_any(directory), tokens)) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LLAMA3 | {"original_max_position_embeddings": 4096},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "linear"},
+    ],
+    ids=["longer", "yarn", "no factor"],
+)
+def test_scaling_that_args_have_no_word_for_is_refused(
+    make_family: Make, make_hf: MakeHf, tmp_path: Path, scaling: dict[str, object]
+) -> None:
+    source = load_any(_source(make_family, make_hf, rope_scaling=scaling, num_hidden_layers=1))
+    to_megatron(source, tmp_path / "m", layout=Layout())
+    with pytest.raises(ConfigError, match="megatron-core cannot compute rope scaling"):
+        logits_of(load_any(tmp_path / "m"), TOKENS)
 
 
 def test_megatron_core_loads_our_torch_dist_elsewhere_and_we_read_what_it_saves(

@@ -68,7 +68,7 @@ def args_from_config(
 
 def _model_args(config: ModelConfig) -> dict[str, object]:
     return {
-        **_rope_args(config.rope_scaling),
+        **rope_args(config.rope_scaling),
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.ffn_size,
@@ -86,7 +86,7 @@ def _model_args(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def _rope_args(scaling: Mapping[str, object] | None) -> dict[str, object]:
+def rope_args(scaling: Mapping[str, object] | None) -> dict[str, object]:
     """Megatron's settings, and Hugging Face's mapping beside them, from which it comes back whatever Megatron knows."""
     llama3, linear = _is_llama3_scaling(scaling), _is_linear_scaling(scaling)
     factor = (scaling or {}).get("factor")

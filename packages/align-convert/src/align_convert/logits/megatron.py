@@ -25,11 +25,10 @@ from torch._C._distributed_c10d import FileStore
 from align_convert.config import ModelConfig
 from align_convert.errors import ConfigError, FormatError
 from align_convert.formats.dist_reader import DistReader
+from align_convert.formats.megatron_args import knows_rope_scaling, rope_args
 from align_convert.formats.megatron_files import model_keys, rank_file
 from align_convert.formats.megatron_reader import MegatronReader
 from align_convert.layout import Layout, Rank, layers_of
-
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +84,7 @@ def megatron_logits(
 
 
 def _check(config: ModelConfig, layout: Layout) -> None:
-    kind = (config.rope_scaling or {}).get("rope_type", "default")
-    llama3 = kind == "llama3" and all((config.rope_scaling or {}).get(key) == value for key, value in _LLAMA3.items())
-    if kind not in ("default", "linear") and not llama3:
+    if not knows_rope_scaling(config):
         raise ConfigError(f"megatron-core cannot compute rope scaling {config.rope_scaling!r}; compare bits instead")
     if config.head == "pooler" or layout.ep > 1:
         raise ConfigError("--logits does not know heads of two layers and expert parallelism; compare bits instead")
@@ -174,7 +171,7 @@ def _build(config: ModelConfig, layout: Layout, rank: Rank, *, fused: bool) -> A
     from megatron.core.transformer import TransformerConfig  # noqa: PLC0415
 
     options = _transformer_options(config, layout)
-    scaling = config.rope_scaling or {}
+    rope = rope_args(config.rope_scaling)
     if layout.chunk_layers is not None:
         drawn = [["decoder"] * count for count in layout.chunk_layers]
         drawn[0], drawn[-1] = ["embedding", *drawn[0]], [*drawn[-1], "loss"]
@@ -190,9 +187,9 @@ def _build(config: ModelConfig, layout: Layout, rank: Rank, *, fused: bool) -> A
         share_embeddings_and_output_weights=config.tied_embeddings,
         position_embedding_type="rope",
         rotary_base=config.rope_theta,
-        rope_scaling=scaling.get("rope_type") == "llama3",
-        rope_scaling_factor=scaling.get("factor", 1.0),
-        seq_len_interpolation_factor=scaling.get("factor") if scaling.get("rope_type") == "linear" else None,
+        rope_scaling=rope["use_rope_scaling"],
+        rope_scaling_factor=rope["rope_scaling_factor"],
+        seq_len_interpolation_factor=rope["rotary_seq_len_interpolation_factor"],
         vp_stage=rank.vp if layout.vp > 1 else None,
     )
     if config.head == "score" and rank.is_last(layout):
