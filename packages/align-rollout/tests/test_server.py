@@ -1,5 +1,6 @@
 """The server over the fake engine: who may ask, OpenAI's form, many at once, weights that are checked as anywhere."""
 
+import contextlib
 import json
 import socket
 import tempfile
@@ -46,18 +47,24 @@ def counting(step: int) -> ArrayWeights:
 
 
 @pytest.fixture
-def server() -> Iterator[RolloutServer]:
+def bound() -> Iterator[RolloutServer]:
+    """A server that does not serve yet."""
     tokenizer = Letters()
     engine = FakeEngine(weights=counting(1)._weights, context=64, decode=tokenizer.decode)
     config = EngineConfig(name="fake", context=64)
     server = make_server(engine, tokenizer, config=config, host="127.0.0.1", port=0, token="secret")  # type: ignore[arg-type]
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
     yield server
-    server.shutdown()
     server.server_close()
-    thread.join()
     engine.close()
+
+
+@pytest.fixture
+def server(bound: RolloutServer) -> Iterator[RolloutServer]:
+    thread = threading.Thread(target=bound.serve_forever, args=(0.05,))
+    thread.start()
+    yield bound
+    bound.shutdown()
+    thread.join()
 
 
 def ask(server: RolloutServer, path: str, body: dict[str, Any] | None = None, *, token: str = "secret") -> Any:
@@ -245,6 +252,12 @@ def wait_for(met: Callable[[], bool]) -> None:
     while not met():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_many_clients_that_come_before_one_is_served_are_let_in(bound: RolloutServer) -> None:
+    with contextlib.ExitStack() as clients:
+        for _ in range(100):
+            clients.enter_context(socket.create_connection(("127.0.0.1", bound.server_address[1]), timeout=5))
 
 
 def test_many_clients_at_once_each_get_their_own(server: RolloutServer) -> None:

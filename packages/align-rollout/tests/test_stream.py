@@ -8,7 +8,7 @@ import pytest
 
 from align_core.config import SamplingConfig
 from align_core.errors import ConfigError, DataError
-from align_core.types import Prompt
+from align_core.types import Completion, Prompt
 from align_rollout.fake import FakeEngine
 from align_rollout.stopping import StopTexts
 from align_rollout.stream import Delta, Request, Stream, no_decoder
@@ -43,7 +43,10 @@ def test_a_completion_ends_with_the_token_that_completes_a_text(texts: tuple[str
 def test_other_requests_go_on_when_one_is_stopped() -> None:
     engine = counting_engine()
     engine.submit([prompt(0, identity=1), prompt(3, identity=2)], SamplingConfig(max_tokens=3, stop=("c",)))
-    found = {c.prompt_id: (decode(c.tokens.tolist()), c.finish_reason) for c in engine.poll(5) + engine.poll(0.5)}
+    completions: list[Completion] = []
+    while len(completions) < 2:
+        completions += engine.poll(60)
+    found = {c.prompt_id: (decode(c.tokens.tolist()), c.finish_reason) for c in completions}
     assert found == {1: ("bc", "stop"), 2: ("efg", "length")}
     engine.close()
 
@@ -63,6 +66,27 @@ def test_stop_texts_without_a_tokenizer_are_refused() -> None:
 def test_a_prompt_that_allows_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="prompt 0 allows 0 new tokens"):
         counting_engine().generate([Prompt(id=0, tokens=np.array([1], np.int32), max_tokens=0)], SamplingConfig())
+
+
+def test_a_completion_is_under_way_until_it_can_be_polled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polled while the step in which the last one ends is not over: that is no moment at which nothing is left."""
+    engine = counting_engine()
+    forgets, ending, polled = engine._stream._stepper.abort, threading.Event(), threading.Event()
+
+    def slowly(keys: Sequence[str]) -> None:
+        """Called at the end of the step, with the completion that the stop text ends."""
+        if keys:
+            ending.set()
+            polled.wait(0.3)
+        forgets(keys)
+
+    monkeypatch.setattr(engine._stream._stepper, "abort", slowly)
+    engine.submit([prompt(0)], SamplingConfig(max_tokens=20, stop=("c",)))
+    assert ending.wait(60)
+    found = engine.poll(60)
+    polled.set()
+    assert [completion.finish_reason for completion in found] == ["stop"]
+    engine.close()
 
 
 class Breaking:

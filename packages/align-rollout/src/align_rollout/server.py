@@ -29,6 +29,7 @@ class RolloutServer(ThreadingHTTPServer):
     """An HTTP server over a `Service`."""
 
     daemon_threads = True
+    request_queue_size = 1024  # with the 5 of the standard library, some of a dozen clients that come at once are reset
 
     def __init__(self, address: tuple[str, int], service: Service, token: str) -> None:
         self.service, self.token = service, token

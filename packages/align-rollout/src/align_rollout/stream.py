@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -163,11 +163,7 @@ class Stream:
             try:
                 self._add(requests, sampling)
                 while len(found) < len(wanted):
-                    for key, completion in self._step():
-                        if key in wanted:
-                            found[key] = completion
-                        else:
-                            self._deliver([completion])
+                    found |= self._step(wanted)
             except BaseException:
                 self._forget([key for key in wanted if key in self._running])
                 raise
@@ -209,10 +205,11 @@ class Stream:
         with self._entered():
             chosen = None if prompt_ids is None else set(prompt_ids)
             states = [s for s in self._running.values() if chosen is None or s.request.prompt.id in chosen]
-            self._forget([state.request.key for state in states])
             for state in states:
                 self._tell(state, start=len(state.tokens), reason="abort")
             self._deliver([state.completion("abort", self._version()) for state in states])
+            self._forget([state.request.key for state in states])
+            self._wake()
 
     def pause(self) -> None:
         """See `align_core.contracts.SupportsAsyncGenerate`."""
@@ -236,7 +233,7 @@ class Stream:
             if policy == "abort" and not self._paused:
                 self.abort()
             while policy == "drain" and self._running and not self._paused:
-                self._deliver([completion for _, completion in self._step()])
+                self._step()
             self._holder = threading.get_ident()
 
     def release(self) -> None:
@@ -305,7 +302,7 @@ class Stream:
                 if not self._moving():
                     continue
                 try:
-                    self._deliver([completion for _, completion in self._step()])
+                    self._step()
                 except BaseException as failure:
                     self._failure = failure
                     self._wake()
@@ -362,25 +359,30 @@ class Stream:
             self._decode = self._make_decode()
         return StopTexts(sampling.stop, self._decode)
 
-    def _step(self) -> list[tuple[str, Completion]]:
-        """One step of the engine; the requests that ended, by key."""
-        ended: list[tuple[str, Completion]] = []
+    def _step(self, wanted: Collection[str] = ()) -> dict[str, Completion]:
+        """One step of the engine; what ended of the `wanted` keys. What else ended is delivered, and under way till then:
+        who polls in between would hear that nothing is under way, and miss it."""
+        ended: dict[str, Completion] = {}
         stopped: list[str] = []
         for delta in self._stepper.step():
             state = self._running.get(delta.key)
-            if state is None:
+            if state is None or delta.key in ended:
                 continue
             start = len(state.tokens)
             reason = state.extend(delta, self._version())
             self._tell(state, start=start, reason=reason)
             if reason is not None:
-                del self._running[delta.key]
-                ended.append((delta.key, state.completion(reason, self._version())))
+                ended[delta.key] = state.completion(reason, self._version())
                 if delta.finish_reason is None:
                     stopped.append(delta.key)
         if stopped:
             self._stepper.abort(stopped)
-        return ended
+        self._deliver([completion for key, completion in ended.items() if key not in wanted])
+        for key in ended:
+            del self._running[key]
+        if ended:
+            self._wake()  # who waits for something under way may wait for nothing now
+        return {key: completion for key, completion in ended.items() if key in wanted}
 
     def _tell(self, state: _State, *, start: int, reason: FinishReason | None) -> None:
         """The listener hears of the tokens from `start` on."""
