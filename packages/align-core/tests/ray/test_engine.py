@@ -79,11 +79,13 @@ def test_an_engine_that_is_closed_while_a_thread_waits_for_it_is_not_started_aga
     engine = world.engine(tmp_path, EngineConfig(name="fake", context=100_000))
     assert isinstance(engine, RayEngine)
     with ThreadPoolExecutor(1) as pool:
+        processes = engine._replicas[0].workers.processes
         waiting = pool.submit(engine.generate, prompts(9), SamplingConfig(n=9, max_tokens=90_000))
-        time.sleep(0.5)
+        while processes.usable:  # until it is called
+            time.sleep(0.01)
         engine.close()
         with pytest.raises(WorkerError, match="died in ask"):
-            waiting.result(20)
+            waiting.result(60)
     assert engine.events == []
 
 

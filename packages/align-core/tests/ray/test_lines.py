@@ -77,6 +77,6 @@ def test_who_waits_for_a_message_hears_that_the_line_is_closed(exchange: Exchang
     time.sleep(0.1)
     line.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert found == [None, None]
     end.close()

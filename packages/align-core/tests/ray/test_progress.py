@@ -45,13 +45,18 @@ store = dist.FileStore(sys.argv[1], 2)
 dist.init_process_group("gloo", store=store, rank=int(sys.argv[2]), world_size=2)
 dist.barrier()
 if sys.argv[2] == "1":
-    time.sleep(2)
+    store.wait(["looked"], datetime.timedelta(seconds=60))
     dist.all_reduce(torch.ones(1))
     raise SystemExit
 main = threading.get_ident()
 def look():
-    time.sleep(1)
-    print(*locate(sys._current_frames()[main]))
+    deadline = time.monotonic() + 30
+    found = "", False
+    while not found[1] and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found = locate(sys._current_frames()[main])
+    print(*found)
+    store.set("looked", "")
 threading.Thread(target=look).start()
 dist.all_reduce(torch.ones(1))
 """

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError
 
 from align_core.config import ClusterConfig, ParallelConfig, TrainerConfig
 from align_core.errors import AlignError, DataError, WorkerError
-from align_core.ray import cluster, shared
+from align_core.ray import calls, cluster, shared
 from align_core.ray.workers import WorkerGroup
 from align_core.ray.world import RayWorld
 from align_core.types import Batch
@@ -61,16 +61,15 @@ class Rank:
         return threading.Lock()
 
     def reduce(self, store: str, late_s: float) -> None:
-        """A collective over both ranks, to which rank 1 comes late; rank 0 waits for 3 s."""
+        """A collective over both ranks, to which rank 1 comes late; rank 0 waits for 3 s, but longer to meet it."""
         import torch.distributed
 
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(
-                "gloo", init_method=store, rank=self.rank, world_size=2, timeout=timedelta(seconds=3)
-            )
+            torch.distributed.init_process_group("gloo", init_method=store, rank=self.rank, world_size=2)
             torch.distributed.barrier()
+            self.group = torch.distributed.new_group(timeout=timedelta(seconds=3))
         time.sleep(late_s * self.rank)
-        torch.distributed.all_reduce(torch.ones(1))
+        torch.distributed.all_reduce(torch.ones(1), group=self.group)
 
     def total(self, batch: Batch) -> int:
         return int(batch.tokens.sum())
@@ -98,6 +97,13 @@ def make_world() -> Iterator[Callable[..., RayWorld]]:
     yield make
     for world in worlds:
         world.close()
+
+
+def wait_for(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def group_of(world: RayWorld, *, trainable: bool = True, tensor: int = 2) -> WorkerGroup:
@@ -140,7 +146,11 @@ def test_another_error_brings_rank_traceback_and_log(make_world: Callable[..., R
     assert "\n  rank 0: " in text  # in the call, or never heard of if the first beat of its process has not come yet
 
 
-def test_a_death_is_told_with_the_log_of_the_dead(make_world: Callable[..., RayWorld]) -> None:
+@pytest.mark.parametrize("patience_s", [60.0, 0.0], ids=["Ray knows", "Ray does not know yet"])
+def test_a_death_is_told_with_the_log_of_the_dead(
+    make_world: Callable[..., RayWorld], monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    monkeypatch.setattr(calls, "_DEATH_KNOWN_S", patience_s)
     with pytest.raises(WorkerError) as caught:
         group_of(make_world()).call("fail", 0, "kill")
     text = str(caught.value)
@@ -159,10 +169,7 @@ def test_a_group_that_failed_is_gone(make_world: Callable[..., RayWorld]) -> Non
     pids = [pid for _, pid, _ in group.call("hello")]
     with pytest.raises(AlignError):
         group.call("fail", 1, "other")
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
 def test_an_answer_that_cannot_travel_is_a_failure_of_its_rank(make_world: Callable[..., RayWorld]) -> None:
@@ -172,11 +179,16 @@ def test_an_answer_that_cannot_travel_is_a_failure_of_its_rank(make_world: Calla
 
 def test_a_call_that_was_broken_off_leaves_no_answer_for_the_next(make_world: Callable[..., RayWorld]) -> None:
     group = group_of(make_world())
+
+    def interrupt() -> None:
+        wait_for(lambda: not group.processes.usable)  # the call has begun
+        os.kill(os.getpid(), signal.SIGINT)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us in background
     try:
-        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
         with pytest.raises(KeyboardInterrupt):
-            group.call("sleep", 2.0)
+            threading.Thread(target=interrupt).start()
+            group.call("sleep", 60.0)
     finally:
         signal.signal(signal.SIGINT, before)
     with pytest.raises(WorkerError, match=r"^trainer lm model m cannot be called any more"):
@@ -217,16 +229,16 @@ def test_calls_under_way_when_another_thread_closes_the_processes_end_in_deaths(
 ) -> None:
     """One waits already, the other comes back to waiting only when the lines are closed."""
     processes = group_of(make_world()).processes
-    calls = processes._calls
-    waiting = calls.start(dict.fromkeys(range(2), ("run", (time.sleep, 60.0))))
+    lines = processes._calls
+    waiting = lines.start(dict.fromkeys(range(2), ("run", (time.sleep, 60.0))))
     early, late = ({line: rank for line, rank in waiting.items() if rank == wanted} for wanted in range(2))
     found: dict[int, Any] = {}
-    caller = threading.Thread(target=lambda: found.update(calls.ended(early, None)))
+    caller = threading.Thread(target=lambda: found.update(lines.ended(early, None)))
     caller.start()
-    time.sleep(0.5)
+    time.sleep(0.5)  # so that it waits; where it does not yet, there are two that come later
     processes.close()
-    caller.join(20)
-    found |= calls.ended(late, None)
+    caller.join(60)
+    found |= lines.ended(late, None)
     assert not (early or late)
     assert [type(found[rank]) for rank in range(2)] == [ActorDiedError] * 2
 
@@ -240,17 +252,21 @@ def test_the_board_knows_a_rank_that_was_stopped(make_world: Callable[..., RayWo
             group.call("sleep", 60.0)
 
     caller = threading.Thread(target=call)
+
+    def board_says(*states: str) -> bool:
+        """Of rank 0 and rank 1, in the call that is under way."""
+        told = group.processes._activities([]).splitlines()[1:3]
+        expected = ("rank 0: in sleep (call 4) for", "rank 1: in sleep (call 3) for")
+        found = ["silent" if "silent since" in line else "heard" for line in told]
+        return tuple(found) == states and all(call in line for call, line in zip(expected, told))
+
     caller.start()
-    time.sleep(1.5)
-    os.kill(pid, signal.SIGSTOP)
     try:
-        time.sleep(5)
-        text = group.processes._activities([])
+        wait_for(lambda: board_says("heard", "heard"))
+        os.kill(pid, signal.SIGSTOP)
+        wait_for(lambda: board_says("heard", "silent"))
     finally:
         os.kill(pid, signal.SIGKILL)
-    one, other = text.splitlines()[1:3]
-    assert "rank 0: in sleep (call 4) for" in one and "silent" not in one
-    assert "rank 1: in sleep (call 3) for" in other and "silent since" in other
     group.processes.close()  # the caller hears of it
-    caller.join(20)
+    caller.join(60)
     assert not caller.is_alive()

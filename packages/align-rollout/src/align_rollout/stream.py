@@ -360,8 +360,10 @@ class Stream:
         return StopTexts(sampling.stop, self._decode)
 
     def _step(self, wanted: Collection[str] = ()) -> dict[str, Completion]:
-        """One step of the engine; what ended of the `wanted` keys. What else ended is delivered, and under way till then:
-        who polls in between would hear that nothing is under way, and miss it."""
+        """One step of the engine; what ended of the `wanted` keys, while all else that ended is delivered.
+
+        Under way until it is delivered: who polls in between would hear that nothing is, and miss it.
+        """
         ended: dict[str, Completion] = {}
         stopped: list[str] = []
         for delta in self._stepper.step():

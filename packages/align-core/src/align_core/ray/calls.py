@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError
 
 from align_core.ray.host import Failure, packed
 from align_core.ray.lines import Exchange, Line
@@ -129,6 +129,8 @@ class LineCalls:
             ray.get(self._serving[rank], timeout=_DEATH_KNOWN_S)
         except RayActorError as error:
             return error
+        except GetTimeoutError:
+            return ActorDiedError()
         except Exception as error:  # this asks why a worker is gone: whatever comes is what is known
             return Failure(error=None, text=str(error))
         return ActorDiedError()
