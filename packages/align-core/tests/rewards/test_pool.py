@@ -13,7 +13,7 @@ from align_core.rewards import pool as pool_module
 from align_core.rewards.pool import RewardPool
 
 FUNCTIONS = """
-import os, time
+import os, pathlib, time
 from dataclasses import dataclass
 from fractions import Fraction
 import numpy as np
@@ -36,6 +36,7 @@ class Stateful:
 
 def hangs_on_x(prompts, completions, columns):
     if "x" in completions:
+        pathlib.Path(__file__).with_name(f"hangs-{os.getpid()}").touch()
         time.sleep(60)
     return [1.0] * len(completions)
 
@@ -118,7 +119,7 @@ def test_what_hangs_is_ended_and_costs_only_itself(open_pool: Open) -> None:
     pool = open_pool("hangs_on_x", timeout=1.0)
     began = time.monotonic()
     assert score(pool, "a", "x", "b") == [(1.0, ""), (None, "no score within 1 s"), (1.0, "")]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert score(pool, "a") == [(1.0, "")]
 
 
@@ -156,7 +157,7 @@ def test_completions_that_hang_are_counted_once_however_often_they_are_tried(
 ) -> None:
     """With a limit of 1: one hung completion of four, or half of them where they are dropped; two tries each."""
     monkeypatch.setattr(pool_module, "_GIVE_UP", 1)
-    pool = open_pool("hangs_on_x", timeout=0.5, retries=1, on_failure=on_failure)
+    pool = open_pool("hangs_on_x", timeout=1.0, retries=1, on_failure=on_failure)
     found = score(pool, *"x" * hung, *"a" * (4 - hung))
     assert [value for value, _ in found] == [None] * hung + [1.0] * (4 - hung)
 
@@ -171,23 +172,24 @@ def test_nothing_more_is_asked_after_a_failure_that_ends_the_run(open_pool: Open
 
 def test_drop_ends_where_more_than_half_hang(open_pool: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_GIVE_UP", 1)
-    pool = open_pool("hangs_on_x", timeout=0.5, on_failure="drop")
+    pool = open_pool("hangs_on_x", timeout=1.0, on_failure="drop")
     with pytest.raises(WorkerError, match="for 3 of 5 completions of one step"):
         score(pool, *"xxxaa")
 
 
-def test_closing_waits_for_no_function(open_pool: Open) -> None:
+def test_closing_waits_for_no_function(open_pool: Open, tmp_path: Path) -> None:
     """Two calls are under way and more wait; each would hang for longer than the test may take."""
-    pool = open_pool("hangs_on_x", timeout=30.0, workers=2, chunk=1)
+    pool = open_pool("hangs_on_x", timeout=60.0, workers=2, chunk=1)
     score(pool, "a", "b")
     with ThreadPoolExecutor(1) as thread:
         scores = thread.submit(score, pool, *"xxxx")
-        time.sleep(0.5)
+        while len(list(tmp_path.glob("hangs-*"))) < 2:
+            time.sleep(0.01)
         began = time.monotonic()
         pool.close()
-        assert time.monotonic() - began < 5
         with pytest.raises(CancelledError):
-            scores.result(timeout=5)
+            scores.result(timeout=60)
+        assert time.monotonic() - began < 30
 
 
 def test_fields_of_other_types_are_taken_as_numbers_and_texts(open_pool: Open) -> None:

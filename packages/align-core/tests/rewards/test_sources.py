@@ -109,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     seen: ClassVar[list[tuple[str, dict[str, Any], str | None]]] = []
     retry_after: ClassVar[str] = ""
+    ending: ClassVar[threading.Event]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -131,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 return
         if self.path.startswith("/slow/"):
-            time.sleep(float(self.path.split("/")[2]))
+            self.ending.wait(float(self.path.split("/")[2]))
         if self.path.endswith("/chat/completions"):
             (mark,) = re.findall(r"between <(reply-\w+)>", body["messages"][0]["content"])
             reply = body["messages"][1]["content"].partition(f"<{mark}>\n")[2].partition(f"\n</{mark}>")[0]
@@ -157,6 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # a judge asks 16 questions at once
+    daemon_threads = False  # nothing of one test is written down in the next
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that no longer waited."""
 
@@ -169,11 +173,12 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def server() -> Iterator[str]:
     """A server on this machine."""
-    _Handler.seen, _Handler.retry_after = [], ""
+    _Handler.seen, _Handler.retry_after, _Handler.ending = [], "", threading.Event()
     with _Server(("127.0.0.1", 0), _Handler) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{http.server_port}"
+        _Handler.ending.set()
         http.shutdown()
         thread.join()
 
@@ -262,26 +267,27 @@ def test_server_that_stays_overloaded_is_given_up_after_the_patience(server: str
 
 
 def test_server_that_is_away_is_waited_for() -> None:
-    """It begins to listen after half a second."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    reward = HttpReward(ScoringConfig(url=f"http://127.0.0.1:{port}/score", patience=20.0))
-    with ThreadPoolExecutor(1) as thread:
+    """It has the port from the beginning, and listens after half a second."""
+    with _Server(("127.0.0.1", 0), _Handler, bind_and_activate=False) as http, ThreadPoolExecutor(1) as thread:
+        http.server_bind()
+        reward = HttpReward(ScoringConfig(url=f"http://127.0.0.1:{http.server_port}/score", patience=60.0))
         scores = thread.submit(reward, ["p"], ["abc"], {})
         time.sleep(0.5)
-        with _Server(("127.0.0.1", port), _Handler) as http:
-            serving = threading.Thread(target=http.serve_forever, args=(0.05,))
-            serving.start()
-            assert [s.value for s in scores.result(timeout=20)] == [3.0]
-            http.shutdown()
-            serving.join()
+        http.server_activate()
+        serving = threading.Thread(target=http.serve_forever, args=(0.05,))
+        serving.start()
+        assert [s.value for s in scores.result(timeout=60)] == [3.0]
+        http.shutdown()
+        serving.join()
 
 
 def test_server_that_stays_away() -> None:
-    (score,) = HttpReward(ScoringConfig(url="http://127.0.0.1:9/score", patience=0.1))(["p"], ["a"], {})
+    with socket.socket() as silent:  # has a port on which nobody listens
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/score"
+        (score,) = HttpReward(ScoringConfig(url=url, patience=0.1))(["p"], ["a"], {})
     assert score.value is None
-    assert "http://127.0.0.1:9/score gave no scores: [Errno 111] Connection refused (asked" in score.error
+    assert f"{url} gave no scores: [Errno 111] Connection refused (asked" in score.error
 
 
 def test_request_that_takes_too_long_is_no_answer(server: str) -> None:
@@ -290,12 +296,14 @@ def test_request_that_takes_too_long_is_no_answer(server: str) -> None:
 
 
 def test_time_limit_of_a_judge_is_one_of_a_request(server: str) -> None:
-    """40 replies, 16 at once, 1 s each: 3 s in all, with a limit of 2 s."""
-    scoring = ScoringConfig(url=f"{server}/slow/1", model="judge-1", timeout=2.0, retries=0, rating_max=40)
+    """160 replies, 16 at once, 0.5 s each: 5 s in all, with a limit of 4 s."""
+    scoring = ScoringConfig(
+        url=f"{server}/slow/0.5", model="judge-1", timeout=4.0, retries=0, rating_max=160, chunk=160
+    )
     with closing(RewardPool("judge", scoring)) as pool:
-        texts = ["a" * (n + 1) for n in range(40)]
-        assert [s.value for s in pool.score(["p"] * 40, texts, {})] == [float(n + 1) for n in range(40)]
-    assert len(_Handler.seen) == 40, "each is asked once"
+        texts = ["a" * (n + 1) for n in range(160)]
+        assert [s.value for s in pool.score(["p"] * 160, texts, {})] == [float(n + 1) for n in range(160)]
+    assert len(_Handler.seen) == 160, "each is asked once"
 
 
 def test_time_limit_of_a_server_that_hangs_is_counted(server: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,10 +195,11 @@ class RewardPool:
         return [score for part in parts for score in part]
 
     def close(self) -> None:
-        """Ends the processes, and with them the calls under way."""
+        """Ends the processes, and with them the calls under way; who waits for the others hears CancelledError."""
+        self._threads.shutdown(wait=False, cancel_futures=True)  # first: a call that ends makes room for another
         for process in self._processes:
             process.kill()
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
         for process in self._processes:
             process.stop()
 
