@@ -32,6 +32,7 @@ from align_algos import (
     register_loss,
 )
 from align_algos.losses import registry
+from pretend_cuda import OnCuda, PretendCuda, on_cuda
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
 # One entry for each variant that takes another path through the code.
@@ -444,6 +445,24 @@ def test_a_loss_waits_for_the_device_once_and_once_more_for_offsets(
     assert len(reads) == READS.get(case.name, 2 if needs_offsets else 1)
 
 
+@every_loss
+def test_all_of_a_loss_is_on_its_device(case: Case) -> None:
+    """On a pretended one, so without a GPU; offsets may be on CPU, every other column on both is refused."""
+    batch = make_batch(case, 15)
+    counts = global_counts(case, batch)
+    expected, gradient = call_with_gradient(case, batch, counts)
+    with PretendCuda():
+        moved = {key: on_cuda(value) for key, value in batch.items()}
+        for columns in (moved, moved | {"offsets": batch["offsets"]}):
+            output, found = call_with_gradient(case, columns, counts)
+            assert all(isinstance(value, OnCuda) for value in output.metrics.values())
+            assert torch.equal(output.loss.held, expected.loss)
+            assert torch.equal(found.held, gradient)
+        for key in batch.keys() & case.parameters.keys() - {"offsets"}:
+            with pytest.raises(RuntimeError, match="on cpu, and others on cuda"):
+                call(case, moved | {key: batch[key]}, counts)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every_loss
@@ -477,6 +496,8 @@ def bad_loss(fault: str, logprobs_N: Tensor, mask_N: Tensor, num_tokens: int) ->
         num_tokens = int(mask_N.sum())
     if fault == "gradient of the wrong size":
         logprobs_N = 2.0 * logprobs_N - logprobs_N.detach()
+    if fault == "made on CPU":
+        logprobs_N = logprobs_N + torch.zeros(len(logprobs_N))
     if fault in ("NaN computed with", "reads outside the mask", "0/0"):
         inside_N = logprobs_N if fault == "reads outside the mask" else torch.where(mask_N, logprobs_N, 0.0)
         loss = -inside_N.sum() / num_tokens
@@ -492,6 +513,7 @@ def bad_loss(fault: str, logprobs_N: Tensor, mask_N: Tensor, num_tokens: int) ->
         ("reads outside the mask", "values outside the mask change nothing"),
         ("NaN computed with", "a value that is not finite is refused by name"),
         ("0/0", "empty micro batch is zero and trains nothing"),
+        ("made on CPU", "all of a loss is on its device"),
     ],
 )
 def test_a_loss_with_a_fault_fails_its_check(fault: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
