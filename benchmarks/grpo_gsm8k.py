@@ -159,7 +159,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt  # noqa: PLC0415  (optional)
 
     figure, (accuracy, reward, length) = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    for number, run in enumerate(runs):
+    for number, run in enumerate(run for run in runs if run["curve"]):
         colour, label = f"C{number}", f"seed {run['seed']}"
         at, flexible, strict = zip(*run["curve"])
         accuracy.plot(at, [100 * value for value in flexible], f"{colour}o-", label=f"{label}, flexible")
