@@ -1,6 +1,7 @@
 """Prompts keep their closing tag when they are cut, and prompt plus response decode to the text that was meant."""
 
 import copy
+import json
 import random
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from align_core.errors import CheckpointError, ConfigError, DataError
 from align_core.text import (
     Tokenizer,
     as_text,
+    encode_conversation,
     encode_response,
     load_tokenizer,
     render_prompt,
@@ -197,13 +199,45 @@ def test_template_that_ends_turns_with_another_token_is_told_with_the_remedy(
     chatml = chat._backend.chat_template
     warn_of_other_turn_end(with_template(chat, chatml, eos="<|im_start|>"))
     (message,) = caplog.messages
-    assert "closes an assistant's turn with '<|im_end|>', but the tokenizer's end-of-sequence token is" in message
-    assert message.endswith("set eos_token to '<|im_end|>' in tokenizer_config.json")
+    assert "closes an assistant's turn with '<|im_end|>', at which engines do not stop, and" in message
+    assert "add the id of '<|im_end|>' to eos_token_id in generation_config.json" in message
     caplog.clear()
     warn_of_other_turn_end(with_template(chat, "{% for m in messages %}{{ m.content }} so,{% endfor %}"))
     (message,) = caplog.messages
-    assert "turn with 'so,', but" in message
+    assert "turn with 'so,', at which" in message
     assert message.endswith("have the template write the latter")
+
+
+@pytest.fixture
+def two_ends(chat_model: Path, tmp_path: Path) -> Tokenizer:
+    """As Llama 3 has it: turns end in a token of their own, texts in another, and engines stop at both."""
+    shutil.copytree(chat_model, tmp_path / "two")
+    ends = [load_tokenizer(chat_model)._backend.convert_tokens_to_ids(text) for text in ("<|im_start|>", "<|im_end|>")]
+    (tmp_path / "two" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    raw = json.loads((tmp_path / "two" / "tokenizer_config.json").read_text())
+    raw |= {"eos_token": "<|im_start|>", "pad_token": "<|im_end|>"}
+    (tmp_path / "two" / "tokenizer_config.json").write_text(json.dumps(raw))
+    return load_tokenizer(tmp_path / "two")
+
+
+def test_answers_end_in_the_templates_own_token_where_engines_stop_at_it(
+    two_ends: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last answer as the earlier ones; what the template writes between turns is not learnt."""
+    assert two_ends.eos_text == "<|im_start|>"
+    assert with_specials(two_ends, encode_response(two_ends, "It is", template="chat")) == "It is<|im_end|>"
+    assert encode_response(two_ends, "It is", template="plain")[-1] == two_ends.eos_id
+    turns = [{"role": role, "content": text} for role, text in (("user", "12?"), ("assistant", "34"))]
+    tokens, mask = encode_conversation(two_ends, [*turns, *turns], template="chat")
+    assert with_specials(two_ends, tokens[mask]) == "34<|im_end|>34<|im_end|>"
+    warn_of_other_turn_end(two_ends)
+    assert not caplog.messages
+    assert two_ends.padding_id is None  # its padding token ends a turn
+
+
+def test_answers_end_in_the_end_of_sequence_token_where_engines_would_not_stop_otherwise(two_ends: Tokenizer) -> None:
+    (two_ends.directory / "generation_config.json").unlink()
+    assert with_specials(two_ends, encode_response(two_ends, "It is", template="chat")) == "It is<|im_start|>"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Needs `transformers` when a tokenizer is loaded, not when this module is importe
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from align_core.errors import CheckpointError, ConfigError, DataError, missing_dependency, unknown_name
 from align_core.model_shape import check_directory
+from align_core.stop_ids import read_eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,13 @@ Messages = Sequence[Mapping[str, str]]
 
 _ROLES = {"user": "Human", "assistant": "Assistant"}
 _CLOSING_TAG = "\n\nAssistant:"
+
+
+class TurnEnd(NamedTuple):
+    """What an answer is closed by."""
+
+    id: int
+    text: str
 
 
 class Tokenizer:
@@ -41,7 +50,8 @@ class Tokenizer:
     def padding_id(self) -> int | None:
         """A token that may stand behind a sequence's end without being taken for it; None if there is none."""
         candidates = (self._backend.pad_token_id, self._backend.unk_token_id, self._backend.bos_token_id)
-        return next((int(token) for token in candidates if token is not None and token != self.eos_id), None)
+        ends = (self.eos_id, self.chat_turn_end.id)
+        return next((int(token) for token in candidates if token is not None and token not in ends), None)
 
     def same_vocabulary(self, other: "Tokenizer") -> bool:
         """Whether a token id means the same to both."""
@@ -70,6 +80,37 @@ class Tokenizer:
         """The longest special or added token that `text` begins with."""
         found = [token for token in self._backend.get_added_vocab() if token and text.startswith(token)]
         return max(found, key=len, default=None)
+
+    @cached_property
+    def turn_closing(self) -> str:
+        """What the chat template writes after an answer; empty if nothing, or if it takes no question with its answer.
+
+        White space at its end, which some templates write between turns, is not part of it.
+        """
+        if not self.has_chat_template:
+            return ""
+        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+        try:
+            return self.apply_chat_template(turns, is_open=False).rpartition("Answer")[2].rstrip()
+        except DataError:
+            return ""
+
+    @cached_property
+    def chat_turn_end(self) -> TurnEnd:
+        """The token that closes an answer in the chat template.
+
+        It is the template's own where engines stop at it, else the end-of-sequence token.
+        """
+        token = self.added_token(self.turn_closing)
+        if token is not None and self.eos_text not in self.turn_closing:
+            number = int(self._backend.convert_tokens_to_ids(token))
+            if number in read_eos_ids(self.directory):
+                return TurnEnd(number, token)
+        return TurnEnd(self.eos_id, self.eos_text)
+
+    def turn_end(self, template: str) -> TurnEnd:
+        """The token that closes an answer in a template, whose name is definite."""
+        return self.chat_turn_end if template == "chat" else TurnEnd(self.eos_id, self.eos_text)
 
     def apply_chat_template(self, messages: Messages, *, is_open: bool = True) -> str:
         """The conversation in the tokenizer's own template.
@@ -126,24 +167,24 @@ def resolve_template(tokenizer: Tokenizer, template: str) -> str:
 
 
 def warn_of_other_turn_end(tokenizer: Tokenizer) -> None:
-    """Warns where the chat template closes an answer with something else than the tokenizer's end-of-sequence token.
+    """Warns where the chat template closes an answer with something at which engines do not stop.
 
-    The last answer of a conversation is learnt with that token, earlier ones as the template writes them. Nothing is
-    said of a template that writes nothing after an answer, or that does not take a question with its answer.
+    The last answer of a conversation is then learnt with the end-of-sequence token, earlier ones as the template writes
+    them. Nothing is said of a template that writes nothing after an answer.
     """
-    try:
-        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
-        closing = tokenizer.apply_chat_template(turns, is_open=False).rpartition("Answer")[2].strip()
-    except DataError:
-        return
-    if not closing or tokenizer.eos_text in closing:
+    closing = tokenizer.turn_closing
+    if not closing or tokenizer.chat_turn_end.text in closing:
         return
     token = tokenizer.added_token(closing)
-    remedy = f"set eos_token to {token!r} in tokenizer_config.json" if token else "have the template write the latter"
+    remedy = (
+        f"add the id of {token!r} to eos_token_id in generation_config.json: engines then stop at it, and it is learnt"
+        if token
+        else "have the template write the latter"
+    )
     logger.warning(
-        "the chat template in %s closes an assistant's turn with %r, but the tokenizer's end-of-sequence token is %r: "
-        "a conversation would be learnt with two different ends of a turn; %s",
-        *(tokenizer.directory, token or closing, tokenizer.eos_text, remedy),
+        "the chat template in %s closes an assistant's turn with %r, at which engines do not stop, and the tokenizer's "
+        "end-of-sequence token is %r: a conversation would be learnt with two different ends of a turn; %s",
+        *(tokenizer.directory, token or closing.strip(), tokenizer.eos_text, remedy),
     )
 
 
@@ -197,10 +238,10 @@ def as_text(content: str | Messages) -> str:
 
 
 def encode_response(tokenizer: Tokenizer, response: str, *, template: str = "auto") -> NDArray[np.int32]:
-    """Token ids of an assistant's answer after a rendered prompt, closed by the end-of-sequence token."""
+    """Token ids of an assistant's answer after a rendered prompt, closed by the template's `Tokenizer.turn_end`."""
     name = resolve_template(tokenizer, template)
     text = " " + response.strip() if name == "human-assistant" else response
-    return np.asarray([*tokenizer.encode_continuation(text), tokenizer.eos_id], dtype=np.int32)
+    return np.asarray([*tokenizer.encode_continuation(text), tokenizer.turn_end(name).id], dtype=np.int32)
 
 
 def encode_conversation(
@@ -209,7 +250,7 @@ def encode_conversation(
     """Token ids of a whole conversation that ends in the assistant's turn, and a mask on what the assistant says.
 
     Every answer is written as it would be sampled: after the prompt that `render_prompt` gives for the turns before it.
-    The end-of-sequence token is a target where the template puts one after an answer, and always after the last.
+    `Tokenizer.turn_end` is a target where the template puts it after an answer, and always after the last.
 
     Raises:
         DataError: the template writes earlier turns differently once there are later ones, so that no sequence holds
@@ -241,7 +282,7 @@ def encode_conversation(
 
 
 def _answer_text(tokenizer: Tokenizer, messages: Messages, prompt: str, template: str) -> str:
-    """How the template writes the last of `messages`, an assistant's turn, up to its end-of-sequence token."""
+    """How the template writes the last of `messages`, an assistant's turn, up to its `Tokenizer.turn_end`."""
     if template == "human-assistant":
         return " " + messages[-1]["content"].strip()
     if template == "plain":
@@ -250,8 +291,9 @@ def _answer_text(tokenizer: Tokenizer, messages: Messages, prompt: str, template
     if not whole.startswith(prompt):
         raise DataError("the chat template writes an open turn differently from a finished one; set loss.turns to last")
     text = whole[len(prompt) :]
-    end = text.rfind(tokenizer.eos_text)
-    return text if end < 0 else text[: end + len(tokenizer.eos_text)]
+    closing = tokenizer.turn_end(template).text
+    end = text.rfind(closing)
+    return text if end < 0 else text[: end + len(closing)]
 
 
 def _text_of(tokenizer: Tokenizer, messages: Messages, template: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_core.errors import CheckpointError, LayoutError
+from align_core.stop_ids import read_eos_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +62,7 @@ def read_model(path: Path) -> ModelFacts:
     return ModelFacts(
         path=path,
         vocab_size=_integer(config, "vocab_size", path),
-        eos_ids=read_eos_ids(path, config),
+        eos_ids=read_eos_ids(path),
         max_positions=_max_positions(config),
         layers=_integer(config, "num_hidden_layers", path),
         heads=heads,
@@ -76,19 +77,6 @@ def read_config(path: Path) -> dict[str, object]:
     if not path.is_dir():
         raise CheckpointError(f"no model directory at {str(path)!r}; give a Hugging Face directory with config.json")
     return _read_object(path / "config.json")
-
-
-def read_eos_ids(path: Path, config: Mapping[str, object]) -> tuple[int, ...]:
-    """The end-of-sequence ids, sorted: generation_config.json's, where it names any, else config.json's."""
-    generation = path / "generation_config.json"
-    sources = [_read_object(generation)] if generation.is_file() else []
-    for source in (*sources, config):
-        found = source.get("eos_token_id")
-        if isinstance(found, int):
-            return (found,)
-        if isinstance(found, list) and found:
-            return tuple(sorted(int(token) for token in found))
-    return ()
 
 
 def _holds_weights(path: Path) -> bool:

@@ -23,8 +23,9 @@ from align_core.contracts import (
     WeightSource,
 )
 from align_core.errors import CheckpointError, SyncError
+from align_core.stop_ids import read_eos_ids
 from align_core.types import ParamMeta, Prompt, WeightChunk, WeightTensor, checksum
-from align_rollout.checkpoint import read_config, read_eos_ids
+from align_rollout.checkpoint import read_config
 from align_rollout.sampling import check_prompts
 from align_rollout.stream import Delta, Request, Stream, Streamed, no_decoder
 from align_rollout.update import PendingUpdate, check_version
@@ -63,7 +64,7 @@ class FakeEngine(Streamed):
     @classmethod
     def from_model(cls, model: Path, config: EngineConfig) -> "FakeEngine":
         """An engine on a directory with `bigram.npz` (the two weights) and config.json (for eos_token_id)."""
-        description = read_config(model)
+        read_config(model)
         file = model / _FILE
         if not file.is_file():
             raise CheckpointError(f"{str(model)!r} has no {_FILE}, which the fake engine needs")
@@ -71,7 +72,7 @@ class FakeEngine(Streamed):
             weights = {name: np.asarray(arrays[name], dtype=np.float32) for name in arrays.files}
         return cls(
             weights=weights,
-            eos_ids=read_eos_ids(model, description),
+            eos_ids=read_eos_ids(model),
             context=config.context,
             in_flight=config.in_flight,
         )
