@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -70,16 +72,28 @@ def over_ray(tmp_path: Path, name: str) -> list[str]:
     return [*words[:place], *words[place + 2 :], "--parallel.tensor", "2"]
 
 
-def await_steps(process: subprocess.Popen[str], metrics_file: Path, *, count: int) -> list[int]:
-    """Waits until so many steps have been logged; the process ids of the two ranks."""
+@contextmanager
+def stopped_after(process: subprocess.Popen[str], metrics_file: Path, *, count: int) -> Iterator[list[int]]:
+    """Waits until so many steps have been logged, and holds the driver up; the process ids of the two ranks."""
     deadline = time.monotonic() + DEADLINE_S
     while not metrics_file.exists() or metrics_file.read_bytes().count(b"\n") < count:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be disturbed"
         time.sleep(0.005)
-    below = psutil.Process(process.pid).children(recursive=True)
-    ranks = sorted(child.pid for child in below if child.name().startswith("ray::Host"))
-    assert len(ranks) == 2, [child.name() for child in below]
-    return ranks
+    process.send_signal(signal.SIGSTOP)  # looking for the ranks takes as long as some of the steps that are left
+    try:
+        names = {child.pid: name_of(child) for child in psutil.Process(process.pid).children(recursive=True)}
+        ranks = sorted(pid for pid, name in names.items() if name.startswith("ray::Host"))
+        assert len(ranks) == 2, names
+        yield ranks
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
+def name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:  # Ray ends a worker now and then
+        return ""
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +111,9 @@ def test_sigterm_saves_the_step_that_is_under_way(undisturbed: Path) -> None:
     words = [*over_ray(undisturbed, "stopped"), "--save_every", "100"]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         metrics_file = undisturbed / "stopped" / "metrics.jsonl"
-        for pid in [*await_steps(process, metrics_file, count=3), process.pid]:
-            os.kill(pid, signal.SIGTERM)
+        with stopped_after(process, metrics_file, count=3) as ranks:
+            for pid in [*ranks, process.pid]:
+                os.kill(pid, signal.SIGTERM)
         _, shown = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 143
     done = len(metrics(metrics_file.parent))
@@ -117,8 +132,8 @@ def test_rank_killed_at_any_step_is_continued_by_the_command_that_is_printed(und
 
     words = over_ray(tmp_path, "killed")
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        ranks = await_steps(process, tmp_path / "killed" / "metrics.jsonl", count=after)
-        os.kill(ranks[which], signal.SIGKILL)
+        with stopped_after(process, tmp_path / "killed" / "metrics.jsonl", count=after) as ranks:
+            os.kill(ranks[which], signal.SIGKILL)
         _, shown = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 2, shown
     assert "trainer" in shown and "Traceback" not in shown

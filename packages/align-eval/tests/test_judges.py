@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from typing import Any
 
@@ -32,7 +33,7 @@ def _request(text: str = "Well?", **changes: Any) -> ChatRequest:
 
 def _ask(service: StubService, *requests: ChatRequest, accept_empty: bool = False, **settings: Any) -> list[ChatReply]:
     async def ask() -> list[ChatReply]:
-        config = JudgeConfig(**{"base_url": service.url, "model": "m", "timeout": 5.0, **settings})
+        config = JudgeConfig(**{"base_url": service.url, "model": "m", "timeout": 20.0, **settings})
         judge = OpenAiJudge(config, accept_empty=accept_empty)
         try:
             return await asyncio.gather(*(judge.reply(request) for request in requests))
@@ -62,7 +63,7 @@ def test_request_and_reply_are_those_of_the_protocol() -> None:
 
 def test_judge_keeps_the_contract() -> None:
     with StubService(fault_share=0.5, hang_seconds=0.1, reply=lambda m: f"about {m[-1]['content'][:9]}") as service:
-        asyncio.run(check_judge(OpenAiJudge(JudgeConfig(base_url=service.url, timeout=2.0))))
+        asyncio.run(check_judge(OpenAiJudge(JudgeConfig(base_url=service.url, timeout=20.0))))
 
 
 def test_models_that_think_get_their_own_limit_and_no_temperature() -> None:
@@ -91,7 +92,7 @@ def test_reply_cut_off_says_so() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_passing_fault_is_tried_again(fault: str) -> None:
-    timeout = 1.0 if fault == "hang" else 5.0
+    timeout = 2.0 if fault == "hang" else 20.0
     with StubService(fault_share=1.0, faults=[fault], reply=lambda _: "Yes.", retry_after="0.05") as service:
         (reply,) = _ask(service, _request(), timeout=timeout)
     assert reply.text == "Yes."
@@ -177,15 +178,32 @@ def test_empty_reply_is_an_answer_only_if_asked_for() -> None:
     assert reply.text == ""
 
 
-def test_concurrency_and_rate_are_kept() -> None:
-    """40 requests of 50 ms, 8 at once: at least 0.25 s. Then 600 a minute: 10 at once, the other 10 at 10 a second."""
-    with StubService(seconds=0.05) as service:
-        begin = time.monotonic()
-        _ask(service, *(_request(str(i)) for i in range(40)), concurrency=8)
-        assert 0.25 <= time.monotonic() - begin < 2.0
+def test_concurrency_is_kept_and_used() -> None:
+    """Five times eight requests are answered when there are eight, and a ninth never comes before."""
+    eight, lock, under_way, most = threading.Barrier(8, timeout=60), threading.Lock(), 0, 0
+
+    def reply(_: object) -> str:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        eight.wait()
+        time.sleep(0.02)  # for a ninth to come
+        with lock:
+            under_way -= 1
+        return "Yes."
+
+    with StubService(reply=reply) as service:
+        _ask(service, *(_request(str(i)) for i in range(40)), concurrency=8, timeout=120.0)
+    assert most == 8
+
+
+def test_rate_is_kept() -> None:
+    """600 a minute: of 20 requests 10 at once, the other 10 at 10 a second (on a clock of its own: test_rates.py)."""
+    with StubService() as service:
         begin = time.monotonic()
         _ask(service, *(_request(str(i)) for i in range(20)), requests_per_minute=600)
-        assert 0.9 <= time.monotonic() - begin < 3.0
+        assert 0.9 <= time.monotonic() - begin < 30
 
 
 def test_key_comes_from_the_environment_and_is_never_shown(

@@ -220,8 +220,8 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_fast")
 def test_service_is_asked_for_the_second_turn_with_its_first(data: Path, tmp_path: Path) -> None:
     reply: Callable[[Sequence[Any]], str] = lambda messages: f"  said {len(messages)}  "  # noqa: E731
-    with StubService(reply=reply, fault_share=0.3, hang_seconds=0.5) as service:
-        assert main(_service(tmp_path / "run", data, service, "--timeout", 0.4)) == 0
+    with StubService(reply=reply, fault_share=0.3, hang_seconds=1.5) as service:
+        assert main(_service(tmp_path / "run", data, service, "--timeout", 1.2)) == 0
         done = [request["body"] for request in service.requests if request["status"] == "200"]
     answers = read_answers(Folder(tmp_path / "run").answers("mine"))
     assert len(answers) == 80
