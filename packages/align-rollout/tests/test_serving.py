@@ -117,14 +117,20 @@ def test_a_stream_that_is_closed_ends_the_request(server: RolloutServer, client:
     next(iter(stream))
     assert engine._stream._running
     stream.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while engine._stream._running:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def test_weights_that_change_while_a_stream_is_open(server: RolloutServer, client: Any, model: Path) -> None:
+def test_weights_that_change_while_a_stream_is_open(
+    server: RolloutServer, client: Any, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens of each version are what Hugging Face's model of that version says after the tokens before."""
+    stepper: Any = server.service._engine._stream._stepper  # type: ignore[attr-defined]
+    step, changed = stepper.step, threading.Event()
+    # Slowly until the weights have changed, so that the stream does not end before.
+    monkeypatch.setattr(stepper, "step", lambda: (changed.is_set() or time.sleep(0.05), step())[1])
     old = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     new = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
@@ -138,6 +144,7 @@ def test_weights_that_change_while_a_stream_is_open(server: RolloutServer, clien
     for number, event in enumerate(client.completions.create(model="tiny", stream=True, **settings)):
         if number == 3:
             send(server, new, version=1)
+            changed.set()
         ids += event.choices[0].token_ids
         versions += [event.choices[0].weight_version] * len(event.choices[0].token_ids)
     change = versions.index(1)
@@ -205,7 +212,7 @@ def test_the_command_serves_on_localhost_and_stops_when_asked_to(model: Path, wi
         finally:
             process.send_signal(wish)
             try:
-                process.communicate(timeout=60)
+                process.communicate(timeout=120)
             except subprocess.TimeoutExpired:
                 process.kill()
     assert process.returncode == 130

@@ -141,7 +141,7 @@ def test_a_request_during_a_commit_waits_for_its_end(fails: bool) -> None:
     sink.load(_weights())
     with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
         sink.commit()
-    client.join(10)
+    client.join(60)
     (answer,) = answers
     assert "its update to version 1 was interrupted" in str(answer) if fails else answer == 1
     stream.close()
