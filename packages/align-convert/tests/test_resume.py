@@ -102,16 +102,17 @@ def test_damaged_journal_is_refused_and_nothing_removed(make_config: Make, make_
 
 @pytest.mark.slow
 def test_killed_process_leaves_nothing_that_looks_whole(make_config: Make, make_hf: MakeHf, tmp_path: Path) -> None:
-    """SIGKILL in the middle of the tiles: each takes a while, because a reader of the progress is slow."""
+    """SIGKILL in the middle of the tiles: after some of them, a reader of the progress takes its time."""
     source = make_hf(make_config())
     to_megatron(load_any(source), tmp_path / "whole", layout=LAYOUT)
     code = (
         "import sys, time; from pathlib import Path; from align_convert import Layout, load_any;"
-        "from align_convert.copy import to_megatron;"
-        "to_megatron(load_any(sys.argv[1]), sys.argv[2], layout=Layout(tp=2, pp=2), progress=lambda _: time.sleep(0.1))"
+        "from align_convert.copy import to_megatron; journal = Path(sys.argv[3]);"
+        "read = lambda _: time.sleep(300 * (journal.is_file() and journal.read_bytes().count(b'\\n') >= 5));"
+        "to_megatron(load_any(sys.argv[1]), sys.argv[2], layout=Layout(tp=2, pp=2), progress=read)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(tmp_path / "out")])
     journal = tmp_path / ".out.partial" / JOURNAL
+    process = subprocess.Popen([sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(journal)])
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (not journal.is_file() or journal.read_bytes().count(b"\n") < 5):
         time.sleep(0.02)
