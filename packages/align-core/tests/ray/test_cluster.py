@@ -1,7 +1,9 @@
 """A private Ray starts without a word and leaves nothing behind."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,12 @@ cluster.stop()
 """
 
 
-def test_a_private_ray_says_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
+def test_a_private_ray_says_nothing(tmp_path: Path) -> None:
+    """Also where temporary files lie in a folder with a long path, in which its sockets have no room."""
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120, env=environment
+    )
     assert (done.stdout, done.stderr) == ("1\n", "")

@@ -1,6 +1,7 @@
 """Lines between processes of a node: whole messages, the caller's number, strangers, and ends that hang up."""
 
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -57,6 +58,14 @@ def test_only_this_user_may_enter_and_nothing_stays(exchange: Exchange) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
     exchange.close()
     assert not folder.exists()
+
+
+def test_a_long_path_for_temporary_files_does_no_harm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 90)))
+    exchange = Exchange()
+    dial(exchange.address, exchange.secret, 0).close()
+    exchange.close()
 
 
 def test_a_caller_that_will_never_call_is_looked_after(exchange: Exchange) -> None:

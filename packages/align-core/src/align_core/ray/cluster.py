@@ -22,10 +22,12 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from align_core.config import ClusterConfig
 from align_core.errors import ConfigError
 from align_core.placement import Node
+from align_core.ray.lines import folder_of_sockets
 
 # Ray 2.60 asks the cloud's metadata address who it runs on, whatever its usage switch says; when the HOME of the
 # process that starts it holds this file, it believes that it knows and does not ask.
 _SILENCER = "ray_bootstrap_config.yaml"
+_SESSION_BYTES = 72  # of the path that a private Ray's longest socket has in the folder for temporary files
 _TOKEN_SETUP = "ray._private.authentication.authentication_token_setup"
 _RESERVE_TIMEOUT_S = 60.0
 _ANSWER_TIMEOUT_S = 5.0
@@ -125,6 +127,8 @@ def _init(home: Path, token: Path, **arguments: Any) -> None:
     if token.exists() and "RAY_AUTH_TOKEN" not in before:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     os.environ.update(HOME=str(home), RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0")
+    if (folder := folder_of_sockets(behind=_SESSION_BYTES)) != tempfile.gettempdir():
+        os.environ.setdefault("RAY_TMPDIR", folder)
     try:
         ray.init(log_to_driver=False, configure_logging=False, **arguments)
     finally:

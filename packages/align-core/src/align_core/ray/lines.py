@@ -20,6 +20,7 @@ from pathlib import Path
 _LENGTH = struct.Struct("<Q")
 _SMALL = 1 << 16  # bytes up to which copying a message behind its length is cheaper than a second system call
 _PATIENCE_S = 0.5  # how long a wait for a caller lasts before the caller's process is looked after
+_PATH_BYTES = 107  # of a local socket, at most
 _ANSWER_TIMEOUT_S = 120.0  # between the accepted task and the call; a busy machine takes seconds
 
 
@@ -75,7 +76,7 @@ class Exchange:
     """Where workers call in; for the time of that only."""
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="align-lines-"))  # mode 0700
+        self._folder = Path(tempfile.mkdtemp(prefix="align-lines-", dir=folder_of_sockets(behind=40)))  # mode 0700
         self.address = str(self._folder / "socket")
         self.secret = secrets.token_hex(16)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -107,6 +108,12 @@ class Exchange:
         """No one can call in any more; lines that are open stay."""
         self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def folder_of_sockets(*, behind: int) -> str:
+    """The folder for temporary files, or /tmp where a socket, with `behind` bytes of path in there, finds no room."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual.encode()) + behind <= _PATH_BYTES else "/tmp"
 
 
 def dial(address: str, secret: str, number: int) -> Line:
