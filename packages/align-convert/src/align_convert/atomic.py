@@ -6,6 +6,7 @@ Knows nothing about checkpoints but how to recognise one, so that `overwrite` ca
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from align_convert.errors import FormatError
 
+_MOUNTS = Path("/proc/self/mountinfo")
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -28,7 +30,7 @@ def check_destination(path: Path, *, overwrite: bool) -> None:
         return
     if not path.is_dir():
         raise FormatError(f"{str(path)!r} exists and is not a directory; give another name")
-    if os.path.ismount(path.resolve()):  # a directory is put there by renaming, which no system allows
+    if is_mount_point(path):  # a directory is put there by renaming, which no system allows
         raise FormatError(f"{str(path)!r} is a mount point, which cannot be replaced; give a folder below it")
     if not any(path.iterdir()):
         return
@@ -115,6 +117,27 @@ def unfinished(path: Path) -> Path:
     """Where a resumable copy to `path` is until it is whole."""
     path = path.resolve()
     return path.with_name(f".{path.name}.partial")
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether something is mounted at `path`, so that it cannot be renamed, nor another directory to it.
+
+    `os.path.ismount` compares devices: it does not see a directory of the same disk that is mounted (`mount --bind`, a
+    container's volume). Linux lists those too.
+    """
+    path = path.resolve()
+    return os.path.ismount(path) or str(path) in _mounted()
+
+
+def _mounted() -> set[str]:
+    """Where Linux has mounted something; elsewhere nothing is known. Source: proc(5), /proc/pid/mountinfo, field 5."""
+    try:
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return set()
+    octal = re.compile(rb"\\([0-7]{3})")  # how a space, a tab, a line end or a backslash is written
+    places = (line.split(b" ")[4] for line in lines)
+    return {os.fsdecode(octal.sub(lambda found: bytes([int(found[1], 8)]), place)) for place in places}
 
 
 def _lock(descriptor: int, path: Path) -> None:
