@@ -169,7 +169,7 @@ def words_of(folder: Path, out: str, kind: str, steps: int) -> list[str]:
 def preload() -> None:
     """Imports what a run needs, so that its forks need not."""
     environment.prepare("cpu")
-    for module in ("vllm", "align_core.megatron.trainer", "align_core.megatron.advantages", "transformers"):
+    for module in ("vllm", "align_core.megatron.trainer", "align_core.advantages", "transformers"):
         importlib.import_module(module)
 
 

@@ -17,6 +17,7 @@ from align_core.config import (
     KtoConfig,
     LogprobsConfig,
     OnlineDpoConfig,
+    PolicyConfig,
     ResponsesConfig,
     RewardConfig,
     RlhfConfig,
@@ -138,7 +139,7 @@ def _world(config: Config) -> World:
         raise missing_dependency(
             str(error.name), "align-core[ray]", needed_for="running over several processes"
         ) from error
-    return RayWorld(config.cluster)
+    return RayWorld(config.cluster, expected=config.engine if isinstance(config, PolicyConfig) else None)
 
 
 def _tutorial(words: list[str]) -> int:

@@ -193,6 +193,15 @@ class SupportsCheck(Protocol):
 
 
 @runtime_checkable
+class SupportsPreload(Protocol):
+    """A class of engines whose code takes seconds to import, which a process may do while it waits for its turn."""
+
+    def preload(self, config: EngineConfig) -> None:
+        """Imports what starting an engine with these settings will need; takes no memory of a device."""
+        ...
+
+
+@runtime_checkable
 class SupportsAsyncGenerate(Protocol):
     """An engine that samples in the background: requests go in, completions come out as each one ends.
 

@@ -3,6 +3,7 @@
 Needs `transformers` when a tokenizer is loaded, not when this module is imported.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ Messages = Sequence[Mapping[str, str]]
 
 _ROLES = {"user": "Human", "assistant": "Assistant"}
 _CLOSING_TAG = "\n\nAssistant:"
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # before and since transformers 5
 
 
 class TurnEnd(NamedTuple):
@@ -145,14 +147,43 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{str(directory)!r} holds no tokenizer (tokenizer.json or tokenizer.model)")
     try:
-        from transformers import AutoTokenizer  # noqa: PLC0415  (optional, and slow to import)
+        tokenizer_class = _tokenizer_class(directory)
     except ImportError as error:
         raise missing_dependency("transformers", "transformers>=5", needed_for="loading a tokenizer") from error
     try:
-        backend = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        backend = tokenizer_class.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer in {str(directory)!r} does not load: {error}") from error
     return Tokenizer(backend, directory)
+
+
+def _tokenizer_class(directory: Path) -> Any:
+    """What of transformers loads it: AutoTokenizer, or at once the class that AutoTokenizer would choose.
+
+    AutoTokenizer imports torch and the code of models, two to three seconds of every command. For a Llama whose
+    tokenizer_config.json names the plain class, as Llama 3's does, it chooses that class.
+    """
+    if (
+        (directory / "tokenizer.json").exists()
+        and _setting(directory / "tokenizer_config.json", "tokenizer_class") in _PLAIN_CLASSES
+        and _setting(directory / "tokenizer_config.json", "auto_map") is None
+        and _setting(directory / "config.json", "model_type") == "llama"
+    ):
+        from transformers import PreTrainedTokenizerFast  # noqa: PLC0415  (optional, and slow to import)
+
+        return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    return AutoTokenizer
+
+
+def _setting(path: Path, key: str) -> Any:
+    """The value of a JSON file's key; None if it is not there, or the file is no such file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def resolve_template(tokenizer: Tokenizer, template: str) -> str:

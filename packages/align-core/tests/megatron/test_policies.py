@@ -11,6 +11,7 @@ import pytest
 from megatron_llama import LENGTHS, ragged_batch
 from megatron_world import run_ranks
 
+from align_core.advantages import mixed_rows, with_correction, with_group_advantages
 from align_core.config import (
     GrpoLoss,
     LossConfig,
@@ -24,7 +25,6 @@ from align_core.config import (
 )
 from align_core.errors import ConfigError, DataError
 from align_core.megatron import MegatronTrainer, RankContext
-from align_core.megatron.advantages import mixed_rows, with_correction, with_group_advantages
 from align_core.megatron.losses import prepare_loss
 from align_core.types import Batch
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align_core.advantages import with_value_advantages
 from align_core.config import KlConfig, OptimizerConfig, PpoLoss, RlhfConfig, SftLoss, ValueLoss
 from align_core.errors import ConfigError
-from align_core.megatron.advantages import with_value_advantages
 from align_core.stages.rlhf import SteeredKl, explained_variance, run_rlhf
 from align_core.stages.run import read_metrics
 from align_core.types import Batch

@@ -16,6 +16,7 @@ from align_core.contracts import (
     SupportsAsyncGenerate,
     SupportsCheck,
     SupportsPartial,
+    SupportsPreload,
     SupportsSleep,
     SupportsTokenStream,
     WeightSink,
@@ -75,6 +76,21 @@ class VllmEngine(Streamed):
     def check(cls, model: Path, config: EngineConfig) -> None:
         """Raises what `from_model` raises, as far as the model's files and the settings tell; needs no vLLM."""
         _checked(model, config)
+
+    @classmethod
+    def preload(cls, config: EngineConfig) -> None:
+        """Imports vLLM and the models of transformers.
+
+        Raises:
+            MissingDependencyError: vLLM is not installed.
+            ConfigError: the device is not there.
+        """
+        environment.prepare(config.device)
+        with environment.contained():
+            import vllm  # noqa: PLC0415
+            from transformers import AutoModelForCausalLM  # noqa: F401, PLC0415
+
+            _ = vllm.LLM  # which is imported only when it is asked for
 
     @classmethod
     def from_model(cls, model: Path, config: EngineConfig) -> "VllmEngine":
@@ -267,6 +283,7 @@ def _check_cpu_cache(facts: ModelFacts, config: EngineConfig) -> None:
 
 _conforms: type[RolloutEngine] = VllmEngine
 _checks: SupportsCheck = VllmEngine
+_preloads: SupportsPreload = VllmEngine
 _sleeps: type[SupportsSleep] = VllmEngine
 _streams: type[SupportsAsyncGenerate] = VllmEngine
 _is_saved: type[SupportsPartial] = VllmEngine

@@ -7,7 +7,9 @@ from align_core.errors import missing_dependency
 from align_core.megatron.quiet import quiet_megatron
 
 try:
-    with quiet_megatron():
+    from align_core.megatron.deferred import deferred_compile
+
+    with quiet_megatron(), deferred_compile():
         import megatron.core.dist_checkpointing
         import megatron.core.models.gpt
         import megatron.core.optimizer  # noqa: F401

@@ -28,10 +28,10 @@ from align_algos.losses import (
     sft_mixing_loss,
     value_loss,
 )
+from align_core.advantages import with_group_advantages
 from align_core.config import GrpoLoss, OnlineDpoLoss, PpoLoss, ValueLoss
 from align_core.errors import ConfigError, DataError
 from align_core.megatron.added_losses import AddedLoss, added_loss
-from align_core.megatron.advantages import with_group_advantages
 from align_core.megatron.microbatch import MicroBatch
 from align_core.megatron.prepared import PreparedLoss, count_targets
 from align_core.types import Batch

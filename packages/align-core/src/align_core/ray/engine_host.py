@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from align_core import registry
 from align_core.columns import Columns, to_columns
 from align_core.config import EngineConfig, SamplingConfig
 from align_core.contracts import (
@@ -13,6 +14,7 @@ from align_core.contracts import (
     RolloutEngine,
     SupportsAsyncGenerate,
     SupportsPartial,
+    SupportsPreload,
     SupportsSleep,
 )
 from align_core.errors import AlignError, ConfigError, SyncError
@@ -22,6 +24,13 @@ from align_core.transfer.seats import Seat
 from align_core.types import Completion, Prompt
 
 _GIVE_COMPLETIONS = ("generate", "poll", "partial")
+
+
+def preload(config: EngineConfig) -> None:
+    """Runs in an engine's process before the engine's turn to take memory: imports its code, where it says how."""
+    engine = registry.load("align.engines", config.name)
+    if isinstance(engine, SupportsPreload):
+        engine.preload(config)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

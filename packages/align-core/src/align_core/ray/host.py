@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,10 @@ class Failure:
 class Host:
     """Lives in a worker process and holds the objects that do the work, by name."""
 
-    def __init__(self, board: Any, worker: str, gpus: Sequence[int]) -> None:
+    def __init__(self, board: Any, worker: str, gpus: Sequence[int], environment: Mapping[str, str]) -> None:
+        # Before torch is imported, which reads it once. Not by Ray's runtime_env: with one, the processes that Ray has
+        # started beforehand are of no use, and a service of its own must be up before others are started.
+        os.environ.update(environment)
         faulthandler.enable()  # a crash in native code leaves its Python stack in the log
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the driver's affair: it ends the step and saves first
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")

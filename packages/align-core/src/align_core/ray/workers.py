@@ -41,36 +41,35 @@ class Processes:
     """Actors, one a place, which live and die together; several worker groups may use them."""
 
     def __init__(self, role: str, places: Sequence[Place], *, board: Any, cpu_threads: int = 1) -> None:
-        """Starts the processes; `board` is that of `progress.make_board`."""
+        """Starts the processes and returns at once; `board` is that of `progress.make_board`."""
         self.role = role
         self.places = tuple(places)
         self.users: set[str] = set()
         self._board = board
         self._names = [f"{role} {id(self):x} rank {rank}" for rank in range(len(places))]
-        environment = {"env_vars": _worker_environment(cpu_threads)}
+        environment = _worker_environment(cpu_threads)
         self.actors: list[ActorHandle] = [
             ray.remote(Host)
             .options(
                 num_cpus=0,
                 max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node_id, soft=False),
-                runtime_env=environment,
             )
-            .remote(board, name, place.gpus)
+            .remote(board, name, place.gpus, environment)
             for place, name in zip(places, self._names)
         ]
         self._calls: Calls = ActorCalls(self.actors)
         self._lock = threading.Lock()
         self._lost = False  # an answer that no one has read may still come
         self.whereabouts: list[Whereabouts] = []
-        self.whereabouts = self.ask(dict.fromkeys(range(len(places)), ("whereabouts", ())), "start")
-        here = ray.get_runtime_context().get_node_id()
-        self.on_this_node = all(found.node_id == here for found in self.whereabouts)
-        if self.on_this_node:
-            try:
-                self._calls = LineCalls(self.actors)
-            except LostWorkersError as lost:
-                self._fail(role, "start", lost.results)
+        """By rank; none before the first call, which waits until all have started."""
+
+    @property
+    def on_this_node(self) -> bool:
+        """Whether all of them share a node with the caller."""
+        with self._lock:
+            self._meet()
+            return self._all_here()
 
     @property
     def usable(self) -> bool:
@@ -90,6 +89,7 @@ class Processes:
         with self._lock:
             if not self.usable:
                 raise WorkerError(f"{role or self.role} cannot be called any more: its processes have ended")
+            self._meet()
             self._lost = True
             results = self._gather(calls, method, role or self.role)
             self._lost = False
@@ -101,6 +101,24 @@ class Processes:
             ray.kill(actor)
         self.actors = []
         self._calls.close()
+
+    def _meet(self) -> None:
+        """Waits until all have started, unless they have before; then calls take the direct way where there is one."""
+        if self.whereabouts or not self.usable:
+            return
+        self._lost = True
+        found = self._gather(dict.fromkeys(range(len(self.places)), ("whereabouts", ())), "start", self.role)
+        self.whereabouts = [found[rank] for rank in range(len(self.places))]
+        if self._all_here():
+            try:
+                self._calls = LineCalls(self.actors)
+            except LostWorkersError as lost:
+                self._fail(self.role, "start", lost.results)
+        self._lost = False
+
+    def _all_here(self) -> bool:
+        here = ray.get_runtime_context().get_node_id()
+        return all(found.node_id == here for found in self.whereabouts)
 
     def _gather(self, calls: Mapping[int, Call], method: str, role: str) -> dict[int, Any]:
         waiting = self._calls.start(calls)

@@ -1,5 +1,6 @@
 """A `World` over Ray: trainers as groups of Megatron ranks, engines in processes of their own, each in its place."""
 
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from align_core.contracts import RolloutEngine
 from align_core.placement import Placement, Slot
 from align_core.ray import cluster
 from align_core.ray.engine import MakeHost, RayEngine
-from align_core.ray.engine_host import EngineHost
+from align_core.ray.engine_host import EngineHost, preload
 from align_core.ray.progress import make_board
 from align_core.ray.trainer import MakeRank, RayTrainer
 from align_core.ray.workers import Place, Processes, WorkerGroup
@@ -23,15 +24,23 @@ class RayWorld:
     """Models and engines on the devices of a Ray cluster; frozen models live in the processes of trained ones."""
 
     def __init__(
-        self, config: ClusterConfig, *, make_rank: MakeRank | None = None, make_host: MakeHost = EngineHost
+        self,
+        config: ClusterConfig,
+        *,
+        expected: EngineConfig | None = None,
+        make_rank: MakeRank | None = None,
+        make_host: MakeHost = EngineHost,
     ) -> None:
         """Starts nothing yet: a stage checks its data first, and asks for processes then.
 
         Args:
+            expected: an engine that will be asked for: its processes start with the first model's and import its code
+                while models are loaded. They take memory of a device when the engine is asked for, not before.
             make_rank: what to run in each worker instead of a rank of Megatron.
             make_host: what to run in each engine's process instead of an engine of the registry.
         """
         self._config = config
+        self._expected = expected
         self._make_rank = make_rank
         self._make_host = make_host
         self._placement: Placement | None = None
@@ -40,6 +49,8 @@ class RayWorld:
         self._reserved: Any = None
         self._shared: list[_Tenancy] = []
         self._opened: list[RayTrainer | RayEngine] = []
+        self._early: dict[int, tuple[Processes, Future[list[Any]]]] = {}
+        """Processes of the expected engine, by replica, and the end of what they import."""
 
     def trainer(self, config: TrainerConfig) -> Model:
         """A model over `config.parallel.world_size` processes."""
@@ -58,7 +69,8 @@ class RayWorld:
 
     def engine(self, model: Path, config: EngineConfig) -> RolloutEngine:
         """An engine of the registry, each of its replicas in a process of its own."""
-        places = [self._place(slots) for slots in self._start().engines(config.tensor, config.replicas)]
+        self._start()
+        places = self._engine_places(config)
         starts = [partial(self._engine_process, config, place, index) for index, place in enumerate(places)]
         engine = RayEngine(model, config, starts, make_host=self._make_host)
         self._opened.append(engine)
@@ -80,6 +92,10 @@ class RayWorld:
         while self._opened:
             self._opened.pop().close()
         self._shared.clear()
+        for processes, imported in self._early.values():
+            processes.close()
+            wait([imported])  # it hears that the process is gone, while Ray is still there to say so
+        self._early.clear()
         if self._board is not None:
             ray.kill(self._board)
             self._board = None
@@ -90,8 +106,24 @@ class RayWorld:
 
     def _engine_process(self, config: EngineConfig, place: Place, replica: int) -> WorkerGroup:
         """A process for an engine, at the start and again after one has died."""
-        role = f"engine {config.name}" + (f" replica {replica}" if config.replicas > 1 else "")
+        role = _engine_role(config, replica)
+        if config == self._expected and (early := self._early.pop(replica, None)):
+            processes, imported = early
+            imported.result()
+            return WorkerGroup(role, processes)
         return WorkerGroup(role, Processes(role, [place], board=self._board))
+
+    def _start_early(self, config: EngineConfig) -> None:
+        places = self._engine_places(config)
+        pool = ThreadPoolExecutor(len(places), thread_name_prefix="align-preload")
+        for replica, place in enumerate(places):
+            processes = Processes(_engine_role(config, replica), [place], board=self._board)
+            self._early[replica] = (processes, pool.submit(processes.ask, {0: ("run", (preload, config))}, "preload"))
+        pool.shutdown(wait=False)
+
+    def _engine_places(self, config: EngineConfig) -> list[Place]:
+        assert self._placement is not None
+        return [self._place(slots) for slots in self._placement.engines(config.tensor, config.replicas)]
 
     def _start(self) -> Placement:
         if self._placement is None:
@@ -103,6 +135,8 @@ class RayWorld:
                 self._reserved = cluster.reserve(placement.nodes)
             self._board = make_board()
             self._placement = placement
+            if self._expected is not None:
+                self._start_early(self._expected)
         return self._placement
 
     def _place(self, slots: list[Slot]) -> Place:
@@ -134,6 +168,10 @@ class _Tenancy:
         """Whether the model may live here: the process groups of Megatron are one a process."""
         same = (config.parallel, config.training.device) == (self._first.parallel, self._first.training.device)
         return same and bool(self.processes.actors) and not (self.trained and config.trainable)
+
+
+def _engine_role(config: EngineConfig, replica: int) -> str:
+    return f"engine {config.name}" + (f" replica {replica}" if config.replicas > 1 else "")
 
 
 def _unlike(role: str, taken: set[str]) -> str:

@@ -53,7 +53,7 @@ def run_grpo(config: GrpoConfig, world: World) -> None:
 
 def with_advantages(batch: Batch, config: GrpoConfig) -> Batch:
     """The batch with `advantages` over the whole rollout; without tied groups, where the config says so."""
-    from align_core.megatron.advantages import mixed_rows, with_group_advantages  # noqa: PLC0415  (brings torch)
+    from align_core.advantages import mixed_rows, with_group_advantages  # noqa: PLC0415  (brings torch)
 
     batch = with_group_advantages(config.loss, batch)
     rows = mixed_rows(batch) if config.drop_tied_groups else np.arange(len(batch))

@@ -59,7 +59,7 @@ def fresh_tokens(scored: Scored, version: int) -> NDArray[np.bool_]:
 
 def corrected(batch: Batch, config: PolicyConfig) -> tuple[Batch, dict[str, float]]:
     """The batch with weights against the engine's mismatch, where a method is chosen, and the figures of it."""
-    from align_core.megatron.advantages import with_correction  # noqa: PLC0415  (brings torch)
+    from align_core.advantages import with_correction  # noqa: PLC0415  (brings torch)
 
     return with_correction(batch, config.correction) if config.old_logprobs == "trainer" else (batch, {})
 

@@ -187,16 +187,16 @@ def _reward_model(config: PolicyConfig, world: World) -> Source:
 
 
 def _overlong(config: PolicyConfig) -> Source:
-    """See `align_core.megatron.advantages.overlong_of`."""
-    from align_core.megatron.advantages import overlong_of  # noqa: PLC0415  (brings torch)
+    """See `align_core.advantages.overlong_of`."""
+    from align_core.advantages import overlong_of  # noqa: PLC0415  (brings torch)
 
     most, buffer = config.sampling.max_tokens, config.scoring.overlong_buffer
     return lambda rollout: _scores(overlong_of(rollout.batch, max_tokens=most, buffer=buffer))
 
 
 def _repetition() -> Source:
-    """See `align_core.megatron.advantages.repetition_of`."""
-    from align_core.megatron.advantages import repetition_of  # noqa: PLC0415  (brings torch)
+    """See `align_core.advantages.repetition_of`."""
+    from align_core.advantages import repetition_of  # noqa: PLC0415  (brings torch)
 
     return lambda rollout: _scores(repetition_of(rollout.batch))
 

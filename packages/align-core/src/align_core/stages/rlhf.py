@@ -81,7 +81,7 @@ class SteeredKl:
     """The coefficient of the KL penalty, fixed or steered; a `Stateful` of the run."""
 
     def __init__(self, config: KlConfig) -> None:
-        from align_core.megatron.advantages import make_kl_controller  # noqa: PLC0415  (brings torch)
+        from align_core.advantages import make_kl_controller  # noqa: PLC0415  (brings torch)
 
         self._controller = make_kl_controller(config)
 
@@ -106,7 +106,7 @@ class SteeredKl:
 
 def with_advantages(batch: Batch, config: RlhfConfig, kl: SteeredKl) -> tuple[Batch, dict[str, float]]:
     """The batch with `advantages` and `returns`; steers the KL coefficient afterwards."""
-    from align_core.megatron.advantages import kl_of_tokens, with_value_advantages  # noqa: PLC0415  (brings torch)
+    from align_core.advantages import kl_of_tokens, with_value_advantages  # noqa: PLC0415  (brings torch)
 
     kl_N = kl_of_tokens(batch, estimator=config.kl.estimator)
     coef = kl.coef

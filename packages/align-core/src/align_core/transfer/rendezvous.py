@@ -8,11 +8,14 @@ import socket
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+if TYPE_CHECKING:  # the first to start opens a meeting before it imports torch, so that the others need not wait for it
+    from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-_opened: dict[str, TCPStore] = {}  # lives as long as the process that the others connect to, or until it is closed
-_joined: list[Store] = []  # a FileStore that is freed while another process removes its file waits for it, for minutes
+_opened: dict[str, "TCPStore"] = {}  # lives as long as the process that the others connect to, or until it is closed
+# A FileStore that is freed while another process removes its file waits for it, for minutes.
+_joined: list["Store"] = []
 _FILE = "file://"
 _ANSWER_TIMEOUT_S = 10.0
 
@@ -25,14 +28,18 @@ def open_meeting(host: str = "") -> str:
     """
     if not host:
         return f"{_FILE}{tempfile.mkdtemp(prefix='align-ranks-')}/store"
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # noqa: PLC0415
+
     store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
     meeting = f"tcp://{host}:{store.port}"
     _opened[meeting] = store
     return meeting
 
 
-def join_meeting(meeting: str, *, ranks: int, timeout: timedelta = timedelta(minutes=5)) -> Store:
+def join_meeting(meeting: str, *, ranks: int, timeout: timedelta = timedelta(minutes=5)) -> "Store":
     """The store, in any process; `timeout` is the longest wait for what another one is to put there."""
+    from torch.distributed import FileStore, TCPStore  # type: ignore[attr-defined]  # noqa: PLC0415
+
     kind, _, place = meeting.partition("://")
     if kind == "file":
         store: Store = FileStore(place, ranks)

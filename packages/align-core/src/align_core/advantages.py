@@ -1,7 +1,8 @@
 """Advantages of a whole rollout, before it is cut into updates, micro-batches and ranks: numpy in, numpy out.
 
 The formulas are `align_algos`'s. Runs in the driver, on CPU: it sees every token of the rollout, so statistics are
-those of all of it. Knows nothing about models and ranks.
+those of all of it. Knows nothing about models and ranks, and stands outside `align_core.megatron` so that the driver
+need not import Megatron-core.
 """
 
 import numpy as np
