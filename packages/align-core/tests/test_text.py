@@ -4,6 +4,8 @@ import copy
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from align_core.errors import CheckpointError, ConfigError, DataError
 from align_core.text import (
     Tokenizer,
+    _tokenizer_class,
     as_text,
     encode_conversation,
     encode_response,
@@ -30,6 +33,51 @@ def tiny(tiny_model: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def chat(chat_model: Path) -> Tokenizer:
     return load_tokenizer(chat_model)
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "chat_model"])
+def test_a_plain_tokenizer_is_loaded_as_autotokenizer_would(name: str, request: pytest.FixtureRequest) -> None:
+    from transformers import AutoTokenizer
+
+    directory: Path = request.getfixturevalue(name)
+    mine, theirs = load_tokenizer(directory)._backend, AutoTokenizer.from_pretrained(directory)
+    assert type(mine) is type(theirs)
+    assert repr(mine) == repr(theirs)
+    assert mine.chat_template == theirs.chat_template
+    for text in ("What is 27 + 58?", " 85</s>", "\n\nHuman: \u00e9 \u65e5  <|im_end|>\n", ""):
+        for special in (True, False):
+            ids = theirs.encode(text, add_special_tokens=special)
+            assert mine.encode(text, add_special_tokens=special) == ids
+            assert mine.decode(ids, skip_special_tokens=special) == theirs.decode(ids, skip_special_tokens=special)
+
+
+def test_a_plain_tokenizer_needs_no_torch(tiny_model: Path) -> None:
+    """Importing torch takes seconds, which every command would wait."""
+    code = (
+        "import sys; from pathlib import Path; from align_core.text import load_tokenizer\n"
+        "load_tokenizer(Path(sys.argv[1])); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", None]}}),
+        ("config.json", {"model_type": "qwen2"}),
+    ],
+)
+def test_any_other_tokenizer_is_autotokenizers_to_choose(
+    tiny_model: Path, tmp_path: Path, file: str, changed: dict[str, object]
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model, directory)
+    settings = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps({**settings, **changed}))
+    assert _tokenizer_class(tiny_model).__name__ == "TokenizersBackend"
+    assert _tokenizer_class(directory).__name__ == "AutoTokenizer"
 
 
 def with_specials(tokenizer: Tokenizer, ids: np.ndarray) -> str:

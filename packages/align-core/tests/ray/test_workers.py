@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ pytest.importorskip("ray")
 
 from ray.exceptions import ActorDiedError
 
-from align_core.config import ClusterConfig, ParallelConfig, TrainerConfig
+from align_core.config import ClusterConfig, EngineConfig, ParallelConfig, TrainerConfig
 from align_core.errors import AlignError, DataError, WorkerError
 from align_core.ray import calls, cluster, shared
+from align_core.ray import world as ray_world
 from align_core.ray.workers import WorkerGroup
 from align_core.ray.world import RayWorld
 from align_core.types import Batch
@@ -270,3 +272,81 @@ def test_the_board_knows_a_rank_that_was_stopped(make_world: Callable[..., RayWo
     group.processes.close()  # the caller hears of it
     caller.join(60)
     assert not caller.is_alive()
+
+
+_EXPECTED = EngineConfig(name="fake", context=64)
+
+
+class Engine:
+    """Stands where an engine with its sink would."""
+
+    def __init__(self, model: Path, config: EngineConfig) -> None:
+        self.seen = os.environ.get("ALIGN_TEST_PRELOADED", "")
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        return (os.getpid(), self.seen) if method == "who" else False
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def patient_preload(released: Path, config: EngineConfig) -> None:
+    while not released.exists():
+        time.sleep(0.05)
+    os.environ["ALIGN_TEST_PRELOADED"] = f"{config.name} in {os.getpid()}"
+
+
+def failing_preload(config: EngineConfig) -> None:
+    raise DataError("no such engine here")
+
+
+@pytest.fixture
+def make_expecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RayWorld]]:
+    worlds = []
+
+    def make(preload: Callable[[EngineConfig], None]) -> RayWorld:
+        monkeypatch.setattr(ray_world, "preload", preload)
+        make_host: Any = Engine
+        worlds.append(RayWorld(ClusterConfig(), expected=_EXPECTED, make_rank=make_rank, make_host=make_host))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+
+
+def test_the_engine_that_is_expected_imports_while_models_are_loaded(
+    make_expecting: Callable[..., RayWorld], tmp_path: Path
+) -> None:
+    world = make_expecting(partial(patient_preload, tmp_path / "released"))
+    group_of(world).call("hello")
+    ((_, imported),) = world._early.values()
+    assert not imported.done()  # the model was ready before
+    (tmp_path / "released").touch()
+    engine: Any = world.engine(Path("m"), _EXPECTED)
+    pid, seen = engine._replicas[0].ask("who")
+    assert seen == f"fake in {pid}"
+    assert not world._early
+    other: Any = world.engine(Path("m"), EngineConfig(name="fake", context=32))
+    assert other._replicas[0].ask("who")[1] == ""
+
+
+def test_what_an_expected_engine_could_not_import_is_said_when_it_is_asked_for(
+    make_expecting: Callable[..., RayWorld],
+) -> None:
+    world = make_expecting(failing_preload)
+    assert group_of(world).call_first("hello")[0] == 0
+    with pytest.raises(DataError, match="no such engine here"):
+        world.engine(Path("m"), _EXPECTED)
+
+
+def test_an_expected_engine_that_is_never_asked_for_ends_with_the_world(
+    make_expecting: Callable[..., RayWorld], tmp_path: Path
+) -> None:
+    world = make_expecting(partial(patient_preload, tmp_path / "never"))
+    group_of(world)
+    ((processes, imported),) = world._early.values()
+    assert not imported.done()
+    world.close()
+    assert imported.done()  # no thread waits for Ray any more
+    assert not processes.usable
