@@ -5,6 +5,8 @@ A real engine starts in 10 to 15 s, so one serves all tests of a model; a test t
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -387,3 +389,15 @@ def test_two_tensor_parallel_workers_answer_like_hugging_face(tied: Any, tmp_pat
         check_weight_sink(engine, first=first, second=second, vocab_size=128, version=2)
     finally:
         engine.close()
+
+
+def test_preload_imports_vllm_and_starts_nothing() -> None:
+    """In a fresh process, as a world does it while models are loaded."""
+    code = (
+        "import sys; from align_core.config import EngineConfig; from align_rollout.vllm import VllmEngine\n"
+        "VllmEngine.preload(EngineConfig(device='cpu'))\n"
+        "from torch import distributed\n"
+        "print('vllm.entrypoints.llm' in sys.modules, distributed.is_initialized())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.split()[-2:] == ["True", "False"]
