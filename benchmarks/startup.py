@@ -6,7 +6,8 @@
 The commands are the tiny tutorial's with eight updates, over two ranks and one engine. A phase is the time between two
 marks, which functions of the driver leave when they begin or end; the commands themselves are the real ones. Imports
 are measured alone, each in fresh processes, in CPU seconds, because every process pays them and two cores are shared.
-With --against both commits run in turns, so that a busy machine is busy for both. Takes two minutes a turn and commit.
+With --against both commits run in turns, so that a busy machine is busy for both. Takes a minute a turn and commit; turns of
+further calls with the same commits join those in the directory.
 """
 
 import argparse
@@ -170,12 +171,11 @@ def measure(checkouts: Mapping[str, Path], *, turns: int, names: Sequence[str]) 
             name: {which: [] for which in checkouts} for name in names
         }
         for name in names:
-            for turn in range(turns + 1):
-                for which in checkouts:
+            for turn in range(turns):
+                for which in [*checkouts][:: -1 if turn % 2 else 1]:
                     found = phases(name, folder, paths[which])
                     print(name, which, turn, {phase: round(seconds, 1) for phase, seconds in found.items()}, flush=True)
-                    if turn:  # the first one finds no file in the system's cache
-                        runs[name][which].append(found)
+                    runs[name][which].append(found)
         return {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -186,6 +186,22 @@ def measure(checkouts: Mapping[str, Path], *, turns: int, names: Sequence[str]) 
             "runs": runs,
             "imports": {which: imports(folder, paths[which]) for which in checkouts},
         }
+
+
+def joined(before: Mapping[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
+    """The turns of several calls, as long as the commits are the same."""
+    if not before or before["commits"] != more["commits"]:
+        return more
+    runs = dict(before["runs"])
+    for name, sides in more["runs"].items():
+        old = runs.get(name, {})
+        runs[name] = {which: [*old.get(which, []), *turns] for which, turns in sides.items()}
+    ordered = {name: runs[name] for name in COMMANDS if name in runs}
+    return {**more, "runs": ordered, "imports": _least(before["imports"], more["imports"])}
+
+
+def _least(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    return {which: {name: min(s, other[which][name]) for name, s in side.items()} for which, side in one.items()}
 
 
 def markdown(facts: Mapping[str, Any]) -> str:
@@ -265,7 +281,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for startup.json and startup.md")
     parser.add_argument("--against", type=Path, help="checkout of another commit, to run in turns with")
-    parser.add_argument("--turns", type=int, default=3, help="of each, after one that is not counted")
+    parser.add_argument("--turns", type=int, default=3, help="of each command")
     parser.add_argument(
         "--commands", nargs="+", choices=["sft", "grpo", "accuracy"], default=["sft", "grpo", "accuracy"]
     )
@@ -273,6 +289,8 @@ def main() -> int:
     here = Path(__file__).resolve().parent.parent
     checkouts = {"then": arguments.against, "now": here} if arguments.against else {"now": here}
     facts = measure(checkouts, turns=arguments.turns, names=arguments.commands)
+    before = arguments.out / "startup.json"
+    facts = joined(json.loads(before.read_text()) if before.exists() else None, facts)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "startup.json").write_text(json.dumps(facts, indent=2) + "\n")
     (arguments.out / "startup.md").write_text(markdown(facts))
