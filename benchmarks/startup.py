@@ -6,8 +6,8 @@
 The commands are the tiny tutorial's with eight updates, over two ranks and one engine. A phase is the time between two
 marks, which functions of the driver leave when they begin or end; the commands themselves are the real ones. Imports
 are measured alone, each in fresh processes, in CPU seconds, because every process pays them and two cores are shared.
-With --against both commits run in turns, so that a busy machine is busy for both. Takes a minute a turn and commit; turns of
-further calls with the same commits join those in the directory.
+With --against both commits run in turns, so that a busy machine is busy for both. Takes a minute a turn and commit;
+turns of further calls with the same commits join those in the directory.
 """
 
 import argparse
