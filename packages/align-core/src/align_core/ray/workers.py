@@ -25,6 +25,7 @@ from align_core.ray.logs import Whereabouts
 
 # When one rank fails, ranks that wait for it may fail first; so much later the cause has shown itself too.
 _GRACE_S = 3.0
+_BOARD_S = 10.0  # the board's process may still be starting when the first call fails
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +159,7 @@ class Processes:
 
     def _activities(self, dead: Sequence[int]) -> str:
         try:
-            found = ray.get(self._board.read.remote(self._names), timeout=_GRACE_S)
+            found = ray.get(self._board.read.remote(self._names), timeout=_BOARD_S)
         except Exception as error:  # the failure itself must be reported, whatever happens to this
             return f"(what the ranks were doing is not known: {type(error).__name__})"
         by_rank = {self._names.index(name): activity for name, activity in found.items()}
