@@ -29,4 +29,7 @@ def test_a_private_ray_says_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120, env=environment
     )
-    assert (done.stdout, done.stderr) == ("1\n", "")
+    told = [
+        line for line in done.stderr.splitlines() if "/dev/shm has only" not in line
+    ]  # Ray's advice for a container
+    assert (done.stdout, told) == ("1\n", [])
