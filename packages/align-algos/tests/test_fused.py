@@ -266,6 +266,8 @@ def test_triton_kernels_in_their_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, str(program)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
+        pytest.skip("NumPy since 2.4 refuses how the interpreter of Triton 3.6 makes the bounds of loops")
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["ran", "14"]
 
