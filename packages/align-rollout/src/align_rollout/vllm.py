@@ -22,6 +22,7 @@ from align_core.contracts import (
     WeightSink,
 )
 from align_core.errors import ConfigError
+from align_core.imports import uncollected
 from align_core.text import load_tokenizer
 from align_core.types import ITEM_BYTES, ParamMeta, Prompt
 from align_rollout import environment
@@ -86,7 +87,7 @@ class VllmEngine(Streamed):
             ConfigError: the device is not there.
         """
         environment.prepare(config.device)
-        with environment.contained():
+        with environment.contained(), uncollected():
             import vllm  # noqa: PLC0415
             from transformers import AutoModelForCausalLM  # noqa: F401, PLC0415
 
@@ -116,9 +117,12 @@ class VllmEngine(Streamed):
 
     @classmethod
     def _start(cls, facts: ModelFacts, config: EngineConfig, device: str) -> "VllmEngine":
-        import torch.distributed  # noqa: PLC0415  - optional dependency, and environment.prepare comes first
-        import vllm  # noqa: PLC0415
-        from vllm.platforms import current_platform  # noqa: PLC0415
+        with uncollected():
+            import torch.distributed  # noqa: PLC0415  - optional dependency, and environment.prepare comes first
+            import vllm  # noqa: PLC0415
+            from vllm.platforms import current_platform  # noqa: PLC0415
+
+            _ = vllm.LLM  # which is imported only when it is asked for
 
         if device == "cpu" and not current_platform.is_cpu():
             raise ConfigError(
@@ -199,7 +203,7 @@ class VllmEngine(Streamed):
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()  # the model is part of cycles; its memory is given back below
-        if self._owns_process_group:
+        if self._owns_process_group and self._on_gpu:  # on CPU there is no memory to give back, and the rest is done
             from vllm.distributed import cleanup_dist_env_and_memory  # noqa: PLC0415
 
             cleanup_dist_env_and_memory()

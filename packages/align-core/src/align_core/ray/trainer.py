@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from align_core.config import LossConfig, TrainerConfig
 from align_core.contracts import WeightSource
+from align_core.imports import uncollected
 from align_core.ray.crossing import CrossingSource
 from align_core.ray.shared import reachable
 from align_core.ray.source import DirectWorkersSource, LinkedWorkersSource, SharedMemorySource
@@ -145,9 +146,10 @@ def _open_meeting(nodes: int) -> str:
 
 
 def _make_rank(config: TrainerConfig, rank: int, meeting: str, timeout_s: float) -> Any:
-    from align_core.megatron.parallel import init_rank  # noqa: PLC0415
-    from align_core.megatron.trainer import MegatronTrainer  # noqa: PLC0415
-    from align_core.transfer.rendezvous import join_meeting  # noqa: PLC0415
+    with uncollected():
+        from align_core.megatron.parallel import init_rank  # noqa: PLC0415
+        from align_core.megatron.trainer import MegatronTrainer  # noqa: PLC0415
+        from align_core.transfer.rendezvous import join_meeting  # noqa: PLC0415
 
     world = config.parallel.world_size
     context = init_rank(
