@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import align_algos
-from align_algos import InputError
+from align_algos import InputError, NonFiniteError
 
 
 def test_public_names_exist_and_are_sorted() -> None:
@@ -29,8 +29,9 @@ def test_import_pulls_in_nothing_but_torch() -> None:
 
 
 def test_errors_survive_a_trip_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(InputError("logprobs_N holds nan")))  # noqa: S301
-    assert isinstance(error, ValueError) and str(error) == "logprobs_N holds nan"
+    for kind in (InputError, NonFiniteError):
+        error = pickle.loads(pickle.dumps(kind("logprobs_N holds nan")))  # noqa: S301
+        assert type(error) is kind and isinstance(error, ValueError) and str(error) == "logprobs_N holds nan"
 
 
 def test_every_reference_to_a_paper_leads_to_its_section_and_every_loss_file_has_one() -> None:

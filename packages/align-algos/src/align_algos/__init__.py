@@ -18,9 +18,7 @@ from align_algos.correction import (
     negative_sequence_mask,
     truncated_importance,
 )
-from align_algos.errors import (
-    InputError,
-)
+from align_algos.errors import InputError, NonFiniteError
 from align_algos.fused import FusedOutput, fused_logprobs
 from align_algos.fused_loss import FusedLossOutput, fused_cross_entropy, fused_loss, sum_outputs
 from align_algos.kl import (
@@ -107,6 +105,7 @@ __all__ = [
     "Loss",
     "LossOutput",
     "Moments",
+    "NonFiniteError",
     "PairChoice",
     "RunningScale",
     "cispo_loss",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from align_algos.errors import InputError
+from align_algos.errors import InputError, NonFiniteError
 
 
 def check_columns(length_of: str, length: int, /, **columns: Tensor) -> None:
@@ -93,7 +93,8 @@ def check_count(name: str, count: int, *, local: int) -> int:
 def check_number(name: str, value: float, *, low: float = -math.inf, high: float = math.inf) -> None:
     """A number is finite and within [low, high]."""
     if not math.isfinite(value) or not low <= value <= high:
-        raise InputError(f"{name} is {value}; expected a finite number in [{low:g}, {high:g}]")
+        error = InputError if math.isfinite(value) else NonFiniteError
+        raise error(f"{name} is {value}; expected a finite number in [{low:g}, {high:g}]")
 
 
 def check_positive(name: str, value: float, *, hint: str = "") -> None:
@@ -135,7 +136,7 @@ def _read(columns: dict[str, Tensor], *counts: Tensor) -> list[int]:
         if not good:
             where = int((~torch.isfinite(column)).nonzero()[0])
             total = int((~torch.isfinite(column)).sum())
-            raise InputError(
+            raise NonFiniteError(
                 f"{name} holds {column[where].item()} at position {where} ({total} of {len(column)} values are not "
                 "finite); positions outside the mask must be finite too: fill them with 0"
             )

@@ -53,6 +53,7 @@ class _Setting(NamedTuple):
     """Columns of each block whose logits may stay in memory until then."""
     hold: bool
     """Whether there will be a backward pass."""
+    check_finite: bool
 
 
 def fused_logprobs(
@@ -66,6 +67,7 @@ def fused_logprobs(
     entropy: bool = False,
     block_bytes: int = BLOCK_BYTES,
     keep_bytes: int | None = None,
+    check_finite: bool = True,
 ) -> FusedOutput:
     """log softmax(hidden @ weight^T / temperature) at the target, per row, without ever holding the logits.
 
@@ -83,8 +85,11 @@ def fused_logprobs(
         entropy: also give the entropy of each row, differentiable.
         block_bytes: size of a block of logits, at most; memory for speed.
         keep_bytes: logits to keep for the backward pass instead of making them again, at most; 0: none. None: 2/5.
+        check_finite: False: a row without a finite maximum gets NaN instead of ending in an error, and nothing waits
+            for the device to look for one.
     Raises:
-        InputError: a wrong shape or dtype, a target outside the vocabulary, or a row without a finite maximum.
+        InputError: a wrong shape or dtype, or a target outside the vocabulary.
+        NonFiniteError: a row without a finite maximum.
     Source: vocabulary-parallel cross-entropy: Shoeybi et al. 2019, arXiv:1909.08053, section 3; a block of columns at a
         time: Milakov and Gimelshein 2018, arXiv:1805.02867.
     """
@@ -94,8 +99,14 @@ def fused_logprobs(
     kept = part.columns if wanted >= part.columns else wanted // _ALIGNMENT * _ALIGNMENT
     again, columns = part.columns - kept, block_bytes // column_bytes
     # The same blocks with and without gradient, so that both give the same log-probs to the bit.
-    hold = torch.is_grad_enabled()
-    setting = _Setting(part, entropy, _cut(0, again, columns), _cut(again, part.columns, columns), hold)
+    setting = _Setting(
+        part,
+        entropy,
+        _cut(0, again, columns),
+        _cut(again, part.columns, columns),
+        hold=torch.is_grad_enabled(),
+        check_finite=check_finite,
+    )
     apply: Callable[..., tuple[Tensor, Tensor | None]] = _FusedLogprobs.apply  # torch leaves it untyped
     return FusedOutput(*apply(hidden_NH, weight_VH, targets_N, setting))
 
@@ -125,7 +136,7 @@ class _FusedLogprobs(torch.autograd.Function):
                 if block in setting.kept and setting.hold:
                     kept.append(logits_NC)
                 del logits_NC
-        softmax = merge(statistics, setting.part.group, name=LOGITS)
+        softmax = merge(statistics, setting.part.group, name=LOGITS if setting.check_finite else None)
         ctx.save_for_backward(hidden_NH, weight_VH, column_N, softmax.top_N, softmax.log_mass_N, softmax.entropy_N)
         ctx.setting, ctx.kept = setting, kept
         return softmax.logprobs_N, softmax.entropy_N

@@ -96,8 +96,8 @@ def merge(statistics: Statistics, group: "ProcessGroup | None", *, name: str | N
     """The softmax of every row from the statistics of all ranks of the group, which each gets alike.
 
     Raises:
-        InputError: a row without a finite maximum; `name` says what the logits were made from. None: not looked at, so
-            that the device need not be waited for.
+        NonFiniteError: a row without a finite maximum; `name` says what the logits were made from. None: not looked at,
+            so that the device need not be waited for; the log-prob of such a row is NaN.
     """
     own_top_N, mass_N, moment_N, at_target_N = statistics
     top_N = own_top_N.clone()

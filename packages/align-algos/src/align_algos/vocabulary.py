@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_algos.checks import check_positive
-from align_algos.errors import InputError
+from align_algos.errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,4 +88,4 @@ def check_rows(log_mass_N: Tensor, name: str) -> None:
     finite_N = torch.isfinite(log_mass_N)
     if not bool(finite_N.all()):
         rows = (~finite_N).nonzero()[:, 0]
-        raise InputError(f"{name} has NaN, +inf or nothing finite in {len(rows)} rows, the first is {int(rows[0])}")
+        raise NonFiniteError(f"{name} has NaN, +inf or nothing finite in {len(rows)} rows, the first is {int(rows[0])}")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from align_convert.config import ModelConfig
 from align_core.errors import DataError
+from align_core.megatron.agreement import Agreement, Report
 from align_core.megatron.microbatch import MicroBatch, pack
 from align_core.megatron.packing import Unit, cut
 from align_core.megatron.parallel import RankContext
@@ -59,42 +60,59 @@ class BatchShare:
             for indices in own
         ]
 
-    def tokens(self, batch: Batch, micros: Sequence[MicroBatch], found: Sequence[Tensor]) -> NDArray[np.float32]:
-        """float32 [N], what all ranks found at each token; `found` is this rank's, by micro-batch."""
+    def tokens(
+        self, batch: Batch, micros: Sequence[MicroBatch], found: Sequence[Tensor], agreement: Agreement
+    ) -> NDArray[np.float32]:
+        """float32 [N], what all ranks found at each token; `found` is this rank's, by micro-batch.
+
+        Raises:
+            AlignError: on every rank, if one has kept an error or found a value that is not finite.
+        """
         result = np.zeros(len(batch.tokens), np.float32)
-        for micro, values in zip(micros, found):
-            for row, part in zip(micro.indices.tolist(), np.split(values.cpu().numpy(), micro.batch.offsets[1:-1])):
+        for micro, values in zip(micros, (values.cpu() for values in found)):
+            if error := micro.not_finite(values):
+                agreement.keep(error)
+            for row, part in zip(micro.indices.tolist(), np.split(values.numpy(), micro.batch.offsets[1:-1])):
                 if len(part):
                     result[batch.offsets[row] : batch.offsets[row + 1]] = part
-        return self._joined(result)
+        joined, failed = self._joined(result, failed=agreement.failed)
+        if failed:
+            agreement.settle()
+        return joined
 
     def sequences(self, batch: Batch, micros: Sequence[MicroBatch], found: Sequence[Tensor]) -> NDArray[np.float32]:
-        """float32 [B], what all ranks found of each sequence."""
+        """float32 [B], what all ranks found of each sequence, finite or not."""
         result = np.zeros(len(batch), np.float32)
         for micro, values in zip(micros, found):
             result[micro.indices] = values.cpu().numpy()
-        return self._joined(result)
+        return self._joined(result)[0]
 
-    def summed(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Metrics of all micro-batches and copies, key by key."""
+    def summed(self, parts: list[dict[str, Tensor]], agreement: Agreement) -> dict[str, float]:
+        """Metrics of all micro-batches and copies, key by key.
+
+        Raises:
+            AlignError: on every rank, if one has kept an error; see `Agreement.conclude`.
+        """
         own = _totals(parts) if self._context.speaks else {}
-        if self._context.parallel.world_size == 1:
-            return own
-        everyone: list[dict[str, float]] = [{} for _ in range(self._context.parallel.world_size)]
-        dist.all_gather_object(everyone, own)
+        everyone: list[tuple[dict[str, float], Report | None]] = [(own, agreement.report())]
+        if self._context.parallel.world_size > 1:
+            everyone *= self._context.parallel.world_size
+            dist.all_gather_object(everyone, (own, agreement.report()))
+        agreement.conclude([report for _, report in everyone])
         totals: dict[str, float] = {}
-        for each in everyone:
+        for each, _ in everyone:
             for name, number in each.items():
                 totals[name] = totals.get(name, 0.0) + number
         return totals
 
-    def _joined(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The sum over ranks of what each copy's speaker computed; zeros elsewhere."""
+    def _joined(self, part: NDArray[np.float32], *, failed: bool = False) -> tuple[NDArray[np.float32], bool]:
+        """The sum over ranks of what each copy's speaker computed, zeros elsewhere, and whether any rank has failed."""
         if self._context.parallel.world_size == 1:
-            return part
-        total = torch.from_numpy(part if self._context.speaks else np.zeros_like(part))
+            return part, failed
+        own = part if self._context.speaks else np.zeros_like(part)
+        total = torch.from_numpy(np.append(own, np.float32(failed)))
         dist.all_reduce(total)
-        return total.numpy()
+        return total[:-1].numpy(), bool(total[-1] > 0)
 
 
 def check_batch(batch: Batch, model: ModelConfig) -> None:

@@ -15,6 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from numpy.typing import NDArray
 from torch import Tensor
 
+from align_algos.errors import NonFiniteError
 from align_core.megatron.rotary import cos_and_sin
 from align_core.megatron.sequence_share import SequenceShare
 from align_core.types import Batch
@@ -121,6 +122,23 @@ class MicroBatch:
         if "sft_weight" in self.batch.token_columns:
             learnt_N = learnt_N | (self.batch.token_column("sft_weight").astype(np.float32) > 0)
         return _to(np.flatnonzero(learnt_N), self.tokens.device)
+
+    def not_finite(self, values: Tensor) -> NonFiniteError | None:
+        """The error that says where in the batch values of the model, [N] or [B], are not finite; None if all are."""
+        found = values.detach().float().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(found))
+        if not len(bad):
+            return None
+        first = int(bad[0])
+        if len(found) == len(self.targets):
+            row = int(np.searchsorted(self.batch.offsets, first, side="right")) - 1
+            where = f"at token {first - int(self.batch.offsets[row])} of sequence {self.indices[row]}"
+        else:
+            where = f"for sequence {self.indices[first]}"
+        return NonFiniteError(
+            f"the model gives {found[first]} {where} ({len(bad)} of the {len(found)} values of its micro-batch are not "
+            "finite); look at the weights that it was loaded from, or lower optimizer.lr"
+        )
 
     def token_column(self, name: str) -> Tensor:
         """The per-token column on the device."""

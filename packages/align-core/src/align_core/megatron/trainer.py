@@ -4,8 +4,7 @@ Every rank is called alike, with the same whole batch, and returns the same resu
 part. Alone (world size 1) it is a complete `Trainer`. Knows nothing about stages, engines and Ray.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from align_algos.errors import InputError
 from align_core.config import LossConfig, TrainerConfig
-from align_core.errors import AlignError, ConfigError
+from align_core.errors import ConfigError
+from align_core.megatron.agreement import Agreement
 from align_core.megatron.background import Background
 from align_core.megatron.batch_share import BatchShare
 from align_core.megatron.checkpoint import begin_checkpoint, load_checkpoint
@@ -24,7 +23,15 @@ from align_core.megatron.losses import prepare_loss
 from align_core.megatron.offload import Shelf
 from align_core.megatron.optimizer import Optimization, check_schedule
 from align_core.megatron.parallel import RankContext
-from align_core.megatron.passes import Read, forward, forward_backward, read_logprobs, read_scores, read_values
+from align_core.megatron.passes import (
+    Read,
+    forward,
+    forward_backward,
+    forward_losses,
+    read_logprobs,
+    read_scores,
+    read_values,
+)
 from align_core.megatron.prepared import Output
 from align_core.megatron.rank_model import RankModel
 from align_core.megatron.throughput import StepClock
@@ -59,17 +66,20 @@ class MegatronTrainer(RankModel):
         Raises:
             ConfigError: the model has a score head.
             DataError: a sequence or token that the model does not know.
+            AlignError: a value that is not finite; on every rank, whichever found it.
         """
         self._need_head("lm", "log-probs")
-        return self._per_token(batch, self._read("logprobs"), "log-probs")
+        return self._per_token(batch, "logprobs", "log-probs")
 
     def values(self, batch: Batch) -> NDArray[np.float32]:
-        """float32 [N], the scalar before each token is chosen, 0 for the first of a sequence; raises as `scores`."""
+        """float32 [N], the scalar before each token is chosen, 0 for the first of a sequence; raises as `logprobs`, for
+        the other head."""
         self._need_head("score", "values")
-        return self._per_token(batch, read_values, "values")
+        return self._per_token(batch, "values", "values")
 
     def scores(self, batch: Batch) -> NDArray[np.float32]:
-        """float32 [B], the scalar at the last token of each sequence; raises as `logprobs`, for the other head."""
+        """float32 [B], the scalar at the last token of each sequence; raises as `values`, but not for one that is not
+        finite: it is in the result, since it concerns its own sequence alone."""
         self._need_head("score", "scores")
         self._weights_shelf.bring_back()
         micros = self._share.micros(batch, unit="sequence")
@@ -84,21 +94,21 @@ class MegatronTrainer(RankModel):
         Raises:
             ConfigError: the model is frozen, or has the wrong head for the loss.
             DataError: the batch does not fit the loss or the model.
-            AlignError: more than `optimizer.max_skipped` steps in a row were skipped.
+            AlignError: more than `optimizer.max_skipped` steps in a row were skipped; the loss refuses a value of the
+                batch, or failed on another rank.
         """
         clock = StepClock(self.context.device)
         optimization = self._trained()
         self.reload()
         prepared = prepare_loss(loss, batch, head=self.config.head)
         micros = self._share.micros(prepared.batch, unit=prepared.unit)
-        read = self._read(prepared.reads, for_loss=True)
-        number = optimization.steps_done
+        agreement = Agreement(f"step {optimization.steps_done}: {type(loss).__name__}", self.context)
+        read = self._read(prepared.reads, agreement, for_loss=True)
         optimization.zero_grad()
         start_routing(self._chunks, len(batch.tokens))
         clock.lap("prepare")
-        with _explained(f"step {number}: {type(loss).__name__}"):
-            parts = forward_backward(optimization.chunks, micros, read, prepared.compute)
-        metrics = self._share.summed(parts) | routing_metrics(self._chunks, self.model_config)
+        parts = forward_backward(optimization.chunks, micros, read, prepared.compute, agreement)
+        metrics = self._share.summed(parts, agreement) | routing_metrics(self._chunks, self.model_config)
         clock.lap("forward_backward")
         update = optimization.step(metrics["loss"])
         self._forget_exported()
@@ -124,17 +134,15 @@ class MegatronTrainer(RankModel):
         Raises:
             ConfigError: the model has the wrong head for the loss.
             DataError: the batch does not fit the loss or the model.
+            AlignError: the loss refuses a value, of the model too, or failed on another rank.
         """
         self._weights_shelf.bring_back()
         prepared = prepare_loss(loss, batch, head=self.config.head)
         micros = self._share.micros(prepared.batch, unit=prepared.unit)
-        parts = []
-        with _explained(f"evaluation: {type(loss).__name__}"), torch.no_grad():
-            for micro, values in zip(micros, forward(self._chunks, micros, self._read(prepared.reads, for_loss=True))):
-                if len(micro.indices):
-                    value, metrics = prepared.compute(values, micro)
-                    parts.append({"loss": value, **metrics})
-        return self._share.summed(parts)
+        agreement = Agreement(f"evaluation: {type(loss).__name__}", self.context)
+        read = self._read(prepared.reads, agreement, for_loss=True)
+        parts = forward_losses(self._chunks, micros, read, prepared.compute, agreement)
+        return self._share.summed(parts, agreement)
 
     def save(self, path: Path, state: Mapping[str, str]) -> None:
         """Write all that is needed to continue, atomically; every rank calls it.
@@ -204,17 +212,17 @@ class MegatronTrainer(RankModel):
         self._optimization = None
         super().close()
 
-    def _per_token(self, batch: Batch, read: Read, what: str) -> NDArray[np.float32]:
-        """float32 [N], what `read` finds at each token."""
+    def _per_token(self, batch: Batch, output: Output, what: str) -> NDArray[np.float32]:
+        """float32 [N], the model's `output` at each token, called `what` in errors."""
         self._weights_shelf.bring_back()
         micros = self._share.micros(batch, unit="sequence")
-        with _explained(what):
-            found = forward(self._chunks, micros, read)
-        return self._share.tokens(batch, micros, found)
+        agreement = Agreement(what, self.context)
+        found = forward(self._chunks, micros, self._read(output, agreement))
+        return self._share.tokens(batch, micros, found, agreement)
 
-    def _read(self, output: Output, *, for_loss: bool = False) -> Read:
+    def _read(self, output: Output, agreement: Agreement, *, for_loss: bool = False) -> Read:
         if output == "logprobs":
-            return read_logprobs(self._chunks[-1], self.model_config.vocab_size, for_loss=for_loss)
+            return read_logprobs(self._chunks[-1], self.model_config.vocab_size, agreement, for_loss=for_loss)
         return read_scores if output == "scores" else read_values
 
     def _trained(self) -> Optimization:
@@ -225,12 +233,3 @@ class MegatronTrainer(RankModel):
     def _need_head(self, head: str, what: str) -> None:
         if self.model_config.head != head:
             raise ConfigError(f"{what} need a model with head {head!r}; this one has {self.model_config.head!r}")
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Values that a formula refuses, as the error that a user reads."""
-    try:
-        yield
-    except InputError as error:
-        raise AlignError(f"{what} cannot be computed: {error}") from error
