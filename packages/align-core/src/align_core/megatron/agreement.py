@@ -6,15 +6,25 @@ nothing about models and batches.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from align_algos.errors import InputError
+from align_algos.errors import InputError, NonFiniteError
 from align_core.errors import AlignError
 from align_core.megatron.parallel import RankContext
 
-Report = str | AlignError
-"""What the others are told: why it cannot be computed, or an error that says all."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a rank tells the others of its error."""
+
+    text: str
+    """Why it cannot be computed."""
+    whole: AlignError | None = None
+    """The error itself, if it needs no more words."""
+    may_follow: bool = False
+    """A number was not finite, perhaps because another rank, whose error it was, went on with NaN."""
 
 
 class Agreement:
@@ -37,9 +47,14 @@ class Agreement:
 
     def report(self) -> Report | None:
         """What to tell the other ranks; None if all went well here."""
-        if self._own is None or isinstance(self._own, AlignError):
-            return self._own
-        return str(self._own) if isinstance(self._own, InputError) else f"{type(self._own).__name__}: {self._own}"
+        own = self._own
+        if own is None:
+            return None
+        return Report(
+            text=str(own) if isinstance(own, InputError) else f"{type(own).__name__}: {own}",
+            whole=own if isinstance(own, AlignError) else None,
+            may_follow=isinstance(own, NonFiniteError),
+        )
 
     def settle(self) -> None:
         """Raise what a rank kept; if there are several ranks, all call it, or none."""
@@ -61,9 +76,10 @@ class Agreement:
             return
         if self._own is not None and not isinstance(self._own, InputError):
             raise self._own
+        failed = [each for each in failed if not each[1].may_follow] or failed
         rank, first = failed[0]
-        if isinstance(first, AlignError):
-            raise first
+        if first.whole is not None:
+            raise first.whole
         others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         where = f" (on rank {rank}{others})" if self._ranks > 1 else ""
-        raise AlignError(f"{self._what} cannot be computed: {first}{where}") from self._own
+        raise AlignError(f"{self._what} cannot be computed: {first.text}{where}") from self._own
