@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from align_algos import InputError, fused_cross_entropy, fused_logprobs
+from align_algos import InputError, NonFiniteError, fused_cross_entropy, fused_logprobs
 
 # Relative to the norm of the float64 result, from the same rounded inputs.
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -232,6 +232,37 @@ def test_huge_logits_stay_exact() -> None:
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(output.logprobs_N[0], (hidden, weight)))
 
 
+def check_not_finite(case: Case) -> None:
+    """Rows 3 and 30 have NaN or infinite logits: NaN there, and what it would be elsewhere; or an error."""
+    marks = torch.zeros_like(case.hidden)
+    marks[3, 5], marks[30, 0] = torch.nan, torch.inf
+    arguments = (case.weight, case.targets)
+    with pytest.raises(NonFiniteError, match="in 2 rows, the first is 3"):
+        fused_logprobs(case.hidden + marks, *arguments, vocab_size=VOCABULARY)
+    for block in (0, 1 << 20):
+        sizes = {"vocab_size": VOCABULARY, "block_bytes": block, "keep_bytes": 0}
+        found = fused_logprobs(case.hidden + marks, *arguments, check_finite=False, **sizes).logprobs_N
+        truth = fused_logprobs(case.hidden, *arguments, **sizes).logprobs_N
+        assert found.isnan().nonzero()[:, 0].tolist() == [3, 30]
+        assert torch.equal(torch.where(found.isnan(), truth, found), truth)
+
+
+@every_dtype
+def test_rows_that_are_not_finite_are_nan_where_nobody_looks(dtype: torch.dtype) -> None:
+    check_not_finite(make_case(dtype))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_other_mistakes_are_no_non_finite_numbers(value: float) -> None:
+    """A wrong shape or target is an InputError of its own, also beside numbers that are not finite."""
+    case = make_case(torch.float32)
+    hidden = torch.full_like(case.hidden, value)
+    for targets in (torch.full((TOKENS,), 900), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(InputError, match="targets_N") as caught:
+            fused_logprobs(hidden, case.weight, targets, vocab_size=VOCABULARY, check_finite=False)
+        assert caught.type is InputError
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -269,7 +300,7 @@ def test_triton_kernels_in_their_interpreter() -> None:
     if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
         pytest.skip("NumPy since 2.4 refuses how the interpreter of Triton 3.6 makes the bounds of loops")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["ran", "14"]
+    assert result.stdout.split() == ["ran", "16"]
 
 
 @pytest.mark.gpu
@@ -281,3 +312,4 @@ def test_cuda_equals_float64(dtype: torch.dtype, entropy: bool) -> None:
     check_logprobs(case, temperature=0.7, block=256, keep=1, entropy=entropy)
     check_cross_entropy(case, temperature=0.7, rows=16)
     check_expanded_gradient(case)
+    check_not_finite(case)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from align_algos import AdaptiveKl, FixedKl, InputError, KlController, k1, k2, k3
+from align_algos import AdaptiveKl, FixedKl, InputError, KlController, NonFiniteError, k1, k2, k3
 
 
 def test_values_by_hand() -> None:
@@ -90,12 +90,13 @@ def test_adaptive_state_survives_a_restart() -> None:
 
 
 def test_wrong_settings_and_states_are_refused() -> None:
-    with pytest.raises(InputError, match="coef is -1"):
+    with pytest.raises(InputError, match="coef is -1") as caught:
         FixedKl(coef=-1.0)
+    assert caught.type is InputError  # finite, but outside what is allowed
     with pytest.raises(InputError, match="target is 0"):
         AdaptiveKl(initial_coef=0.1, target=0.0, horizon=10)
     controller = AdaptiveKl(initial_coef=0.1, target=6.0, horizon=10)
-    with pytest.raises(InputError, match="kl is nan"):
+    with pytest.raises(NonFiniteError, match="kl is nan"):
         controller.update(kl=math.nan, num_samples=1)
     with pytest.raises(InputError, match="num_samples 11 exceeds the horizon 10"):
         controller.update(kl=1.0, num_samples=11)

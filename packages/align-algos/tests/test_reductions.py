@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from align_algos import (
     InputError,
+    NonFiniteError,
     per_token,
     reduce_tokens,
     segment_lengths,
@@ -74,7 +75,7 @@ def test_every_reduction_adds_up_in_any_order_and_ignores_what_is_outside(reduct
     spoiled = torch.where(MASK, x.detach(), 1e30).requires_grad_()
     assert torch.equal(reduced(spoiled, reduction, [0, 1, 2]), whole)
     assert torch.equal(torch.autograd.grad(reduced(spoiled, reduction, [0, 1, 2]), spoiled)[0], gradient)
-    with pytest.raises(InputError, match="x_N holds nan at position 2"):
+    with pytest.raises(NonFiniteError, match="x_N holds nan at position 2"):
         reduced(torch.where(MASK, X, torch.nan), reduction, [0, 1, 2])
 
 
@@ -97,8 +98,9 @@ def test_the_empty_batch_is_zero() -> None:
 
 @pytest.mark.parametrize("count", [2, -1])
 def test_a_count_below_the_local_one_is_refused(count: int) -> None:
-    with pytest.raises(InputError, match=f"num_tokens is {count}, but this micro-batch alone has 3"):
+    with pytest.raises(InputError, match=f"num_tokens is {count}, but this micro-batch alone has 3") as caught:
         token_mean(X, MASK, num_tokens=count)
+    assert caught.type is InputError
 
 
 def test_a_count_that_is_no_integer_is_refused() -> None:

@@ -25,7 +25,8 @@ def main() -> None:
             test_fused.check_cross_entropy(case, temperature=temperature, rows=rows)
             ran += 1
         test_fused.check_expanded_gradient(case)
-        ran += 1
+        test_fused.check_not_finite(case)
+        ran += 2
     print("ran", ran)
 
 

@@ -35,6 +35,18 @@ LAYOUTS = {
     "dp2": ParallelConfig(data=2),
     "cp2": ParallelConfig(context=2),
 }
+EXPERTS = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+}
+LARGER: dict[str, tuple[ParallelConfig, dict[str, object], list[tuple[int, ...]]]] = {
+    "ep2": (ParallelConfig(data=2, expert=2), EXPERTS, [(1,), (0, 1)]),
+    "pp2-virtual2": (ParallelConfig(pipeline=2, virtual=2), {"num_hidden_layers": 4}, [(0,), (1,)]),
+    "tp2-cp2-sp": (ParallelConfig(tensor=2, context=2, sequence=True), {}, [(1,), (2,)]),
+}
 # Far below the 60 s after which a collective call of these ranks would give up.
 SECONDS = 10.0
 REFUSAL = "targets_N has shape [3]; expected [4], one per row"
@@ -55,6 +67,13 @@ def test_a_model_that_gives_nan_skips_the_step_and_stops_what_needs_its_numbers(
     """On one rank, then on the other, then on both. Of scores, tensor-parallel ranks compute each all."""
     directory = llama(**SCORE) if head == "score" else llama()
     run_ranks(_meet_nan, LAYOUTS[layout], directory, head, victims)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LARGER)
+def test_larger_worlds_and_experts_skip_such_a_step_too(llama: Callable[..., Path], layout: str) -> None:
+    parallel, settings, victims = LARGER[layout]
+    run_ranks(_meet_nan, parallel, llama(**settings), "lm", victims)
 
 
 @pytest.fixture(scope="module")

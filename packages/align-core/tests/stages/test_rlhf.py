@@ -134,6 +134,8 @@ def test_explained_variance_by_hand() -> None:
     """Returns 1 and 3 (mean 2, mean square 5), values 2 and 3: errors 1 and 0, mean -0.5; (0.5 - 0.25) / 1 is left."""
     found = {"squared_error": 0.5, "squared_return": 5.0, "return": 2.0, "value": 2.5}
     assert explained_variance(found) == pytest.approx(0.75)
+    assert explained_variance({**found, "squared_return": 4.0}) == 0.0
+    assert np.isnan(explained_variance(dict.fromkeys(found, np.nan)))
 
 
 def test_demonstrations_join_every_update(

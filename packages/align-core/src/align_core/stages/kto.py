@@ -166,8 +166,6 @@ def _measure(
 
 def _means(metrics: Mapping[str, float]) -> dict[str, float]:
     """The rewards of both kinds, which a loss gives as sums over all responses, as means over their kind."""
-    if "desirable" not in metrics:  # a skipped step in which nothing was finite
-        return dict(metrics)
     share = metrics["desirable"]
     result = dict(metrics)
     for name, part in (("desirable_reward", share), ("undesirable_reward", 1.0 - share)):

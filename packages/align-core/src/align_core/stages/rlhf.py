@@ -137,4 +137,4 @@ def explained_variance(found: Mapping[str, float]) -> float:
     """Share of the returns' variance that the values explain; 0 where the returns do not vary."""
     spread = found["squared_return"] - found["return"] ** 2
     left = found["squared_error"] - (found["return"] - found["value"]) ** 2
-    return 1.0 - left / spread if spread > 0 else 0.0
+    return 0.0 if spread <= 0 else 1.0 - left / spread  # NaN of NaN, as in a skipped step
