@@ -19,7 +19,7 @@ from align_core.config import (
     TrainerConfig,
     TrainingConfig,
 )
-from align_core.errors import ConfigError
+from align_core.errors import AlignError, ConfigError
 from align_core.megatron import MegatronTrainer, RankContext
 from align_core.types import Batch
 
@@ -110,6 +110,23 @@ def test_every_loss_is_the_same_on_every_layout(
         for metric in ("loss", "accuracy", "margin", "desirable_reward", "grad_norm"):
             if metric in metrics:
                 assert found[name][metric] == pytest.approx(metrics[metric], rel=1e-4, abs=1e-5), (name, metric)
+
+
+def test_every_loss_skips_a_step_in_which_the_model_gives_nan(llama: Callable[..., Path], alone: Numbers) -> None:
+    """With the metrics of any other step, as NaN; evaluation says where."""
+    optimizer = OptimizerConfig(max_skipped=len(LOSSES))
+    settings = TrainingConfig(device="cpu", micro_batch_tokens=64)
+    trainer = MegatronTrainer(TrainerConfig(model=llama(), steps=20, optimizer=optimizer, training=settings))
+    (norm,) = (weight for name, weight in trainer._chunks[0].named_parameters() if "final_layernorm" in name)
+    norm.data[0] = np.nan
+    for name, loss in LOSSES.items():
+        found = trainer.step(batch(), loss)
+        assert found["skipped"] == 1.0, name
+        assert found.keys() == alone[f"{name} step"].keys()
+        assert all(np.isnan(found[metric]) for metric in alone[f"{name} before"]), name
+        with pytest.raises(AlignError, match="cannot be computed: the model gives nan at token "):
+            trainer.evaluate(batch(), loss)
+    trainer.close()
 
 
 def test_frozen_models_evaluate_and_wrong_heads_are_refused(llama: Callable[..., Path]) -> None:

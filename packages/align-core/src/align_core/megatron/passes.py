@@ -31,7 +31,6 @@ _KEPT_LOGITS = 1 << 30
 Read = Callable[[Tensor, MicroBatch], Tensor]
 """What is read off the head's output: (output [1, P, ...], micro-batch) to log-probs [N], values [N] or scores [B]."""
 
-
 Loss = Callable[[Tensor, MicroBatch], LossOutput]
 """(What was read, micro-batch) to its share of loss and metrics; communicates with no other rank."""
 
@@ -158,8 +157,8 @@ def forward_backward(
         except NonFiniteError:
             if bool(torch.isfinite(values).all()):
                 raise
-            with torch.no_grad():  # of other values, so that what is wrong with the batch itself is an error even now
-                metrics = loss(torch.zeros_like(values), micro).metrics
+            with torch.no_grad():  # of sound values, so that what is wrong with the batch itself is an error even now
+                metrics = loss(torch.full_like(values, -1.0), micro).metrics
             return LossOutput(values.sum() * math.nan, {name: metric * math.nan for name, metric in metrics.items()})
 
     return _run(chunks, micros, evaluate, forward_only=False)
