@@ -119,6 +119,17 @@ TOO_LONG = {
 }
 
 
+def _refused_alike(config: Any, stage: str, message: str, world: Any) -> None:
+    """By the plan and by the stage, in the same words."""
+    said = []
+    for refuse in (plan_lines, lambda config: RUN[stage](config, world)):
+        with pytest.raises(AlignError, match=message) as refusal:
+            refuse(config)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
+    assert not world.operations
+
+
 @pytest.mark.usefixtures("length")
 @pytest.mark.parametrize("stage", EMPTY)
 @pytest.mark.parametrize(("setting", "what"), [("data", "bad"), ("data", "too long"), ("eval_data", "too long")])
@@ -131,12 +142,7 @@ def test_a_record_that_the_stage_refuses_is_refused_by_the_plan(
     file = make_config(stage).out.with_name("many.jsonl")
     file.write_text(good * 52 + json.dumps(row) + "\n")
     config = make_config(stage, **{setting: file})
-    said = []
-    for refuse in (plan_lines, lambda config: RUN[stage](config, fake_world())):
-        with pytest.raises(DataError, match=f"many.jsonl, line 521: {message}") as refusal:
-            refuse(config)
-        said.append(str(refusal.value))
-    assert said[0] == said[1]
+    _refused_alike(config, stage, f"many.jsonl, line 521: {message}", fake_world())
     assert not config.out.exists()
 
 
@@ -370,3 +376,33 @@ def test_every_model_is_looked_at_before_anything_starts(
     with pytest.raises(AlignError, match="mamba"):
         run_rlhf(config, world)
     assert not config.out.exists()
+
+
+@pytest.mark.usefixtures("length")
+@pytest.mark.parametrize("stage", ["sft", "kto", "grpo"])
+def test_plan_of_a_run_that_is_there(
+    stage: str, make_config: Callable[..., Any], fake_world: Callable[..., Any], tmp_path: Path
+) -> None:
+    """It continues, or is refused as the stage would refuse it, and nothing of it is touched."""
+    config, whole = make_config(stage), fake_world()
+    assert "run" not in dict(plan_lines(config))
+    RUN[stage](make_config(stage, out="whole"), whole)
+    third_step = [i for i, operation in enumerate(whole.operations) if operation == "step"][2]
+    with pytest.raises(Exception, match=r"^step$"):
+        RUN[stage](config, fake_world(crash_at=third_step))
+    assert dict(plan_lines(config))["run"] == f"{config.out} holds this run: it continues from step 2 of 6"
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(config.data.read_text().splitlines(keepends=True)[:9]))
+    before = {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    for changed, message in (
+        (make_config(stage, seed=4), r"holds a run with other settings \(seed was 3, is 4\)"),
+        (make_config(stage, data=fewer), r"holds a run with other settings \(data was .*fewer.jsonl'\)"),
+    ):
+        _refused_alike(changed, stage, message, fake_world())
+    whole_data = config.data.read_text()
+    config.data.write_text(fewer.read_text())
+    _refused_alike(config, stage, "data of the run in .* has changed: .*records was 10, is 9", fake_world())
+    config.data.write_text(whole_data)
+    assert before == {path: path.stat().st_mtime_ns for path in config.out.rglob("*")}
+    RUN[stage](config, fake_world())
+    assert dict(plan_lines(config))["run"] == f"{config.out} holds this run, finished: nothing would be done"

@@ -22,11 +22,13 @@ from align_core.data.tally import Tally
 from align_core.doctor import cuda_gpus
 from align_core.memory import ModelMemory, engine_memory, models_memory
 from align_core.model_shape import ModelShape, read_model_shape
+from align_core.stages.directory import check_same, inputs_of, look
 from align_core.stages.dpo import open_dpo
 from align_core.stages.gpu_plan import gpu_lines, roles
 from align_core.stages.kto import open_kto
 from align_core.stages.offline import OfflineData
-from align_core.stages.prepare import open_demonstrations
+from align_core.stages.online import all_data, reward_files
+from align_core.stages.prepare import Demonstrations, open_demonstrations
 from align_core.stages.reward import open_reward
 from align_core.stages.rollout import Prompts
 from align_core.stages.sft import open_sft
@@ -63,6 +65,7 @@ def plan_lines(config: StageConfig) -> list[Line]:
     shape = read_model_shape(config.model)
     device = "GPU" if _on_gpus(config) else "process"
     return [
+        *_run_lines(config),
         *_model_lines(config, shape, device),
         *(_engine_lines(config, shape, device) if isinstance(config, PolicyConfig) else ()),
         *_data_lines(config, data, demonstrations),
@@ -72,13 +75,25 @@ def plan_lines(config: StageConfig) -> list[Line]:
     ]
 
 
-def _opened(config: StageConfig) -> tuple[Opened, Tally | None]:
-    """The data, once all that the stage looks at before it writes has been looked at; and of the demonstrations."""
+def _opened(config: StageConfig) -> tuple[Opened, Demonstrations | None]:
+    """The data and the demonstrations, once all that the stage looks at before it writes has been looked at."""
     if not isinstance(config, PolicyConfig):
-        return _OPEN[type(config)](config), None
+        data = _OPEN[type(config)](config)
+        check_same(look(config.out), config, inputs_of(config, data.data, ()))
+        return data, None
     prompts = Prompts(config)
     demonstrations = open_demonstrations(config, prompts.tokenizer)
-    return prompts, demonstrations.tally if demonstrations else None
+    inputs = inputs_of(config, all_data(prompts, demonstrations), reward_files(config))
+    check_same(look(config.out), config, inputs)
+    return prompts, demonstrations
+
+
+def _run_lines(config: StageConfig) -> Iterator[Line]:
+    found = look(config.out)
+    if found.finished:
+        yield "run", f"{config.out} holds this run, finished: nothing would be done"
+    elif found.begun:
+        yield "run", f"{config.out} holds this run: it continues from step {max(found.steps):,} of {config.steps:,}"
 
 
 def _on_gpus(config: StageConfig) -> bool:
@@ -120,7 +135,7 @@ def _engine_lines(config: PolicyConfig, shape: ModelShape, device: str) -> Itera
     )
 
 
-def _data_lines(config: StageConfig, data: Opened, demonstrations: Tally | None) -> Iterator[Line]:
+def _data_lines(config: StageConfig, data: Opened, demonstrations: Demonstrations | None) -> Iterator[Line]:
     words, records = _words(config.data), data.records
     yield "data", f"{', '.join(words)}: {len(records):,} records"
     drawn = config.steps * config.batch_size
@@ -130,7 +145,7 @@ def _data_lines(config: StageConfig, data: Opened, demonstrations: Tally | None)
             yield f"data {word}", f"{size:,} records, {share:.1%} of the batches: {each:.2f} epochs"
     yield "data as tokens", _tally_text(data.tally)
     if demonstrations is not None:
-        yield "sft_data as tokens", _tally_text(demonstrations)
+        yield "sft_data as tokens", _tally_text(demonstrations.tally)
     once = f": {epochs[0]:.2f} epochs" if len(words) == 1 else ""
     yield "steps", f"{config.steps:,} of {config.batch_size:,} records{once}"
     copies = config.parallel.data

@@ -9,6 +9,7 @@ from align_core.data.dataset import Dataset, Order, each_encoded
 from align_core.data.examples import Example
 from align_core.data.files import DataFiles
 from align_core.data.tally import Tally, tally
+from align_core.stages.directory import Fingerprinted
 from align_core.stages.run import Run
 
 Record = TypeVar("Record")
@@ -28,9 +29,15 @@ class OfflineData(Generic[Record, Encoded]):
     """What encoding `records` came to."""
     held_out_tally: Tally | None
 
+    @property
+    def data(self) -> dict[str, Fingerprinted]:
+        """What a continued run must find again."""
+        found: dict[str, Fingerprinted] = {"data": self.records}
+        return found | ({"eval_data": self.held_out} if self.held_out else {})
+
     def run(self, config: OfflineConfig) -> Run:
         """The run's directory; raises what `Run` raises, for instance when the data is not what the run began with."""
-        return Run(config, data={"data": self.records} | ({"eval_data": self.held_out} if self.held_out else {}))
+        return Run(config, data=self.data)
 
 
 def open_data(

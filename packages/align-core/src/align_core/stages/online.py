@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from align_core.config import PolicyConfig
+from align_core.stages.directory import Fingerprinted
 from align_core.stages.preflight import reward_names
 from align_core.stages.prepare import Demonstrations
 from align_core.stages.rollout import Prompts
@@ -17,11 +18,15 @@ logger = logging.getLogger(__name__)
 
 def open_run(config: PolicyConfig, prompts: Prompts, demonstrations: Demonstrations | None) -> Run:
     """The run's directory; raises what `Run` raises, for instance when the data is not what the run began with."""
-    data = prompts.data | ({"sft_data": demonstrations.records} if demonstrations else {})
-    run = Run(config, data=data, code=reward_files(config))
+    run = Run(config, data=all_data(prompts, demonstrations), code=reward_files(config))
     if not run.finished and config.sampling_bias:
         logger.warning("%s", config.sampling_bias)
     return run
+
+
+def all_data(prompts: Prompts, demonstrations: Demonstrations | None) -> dict[str, Fingerprinted]:
+    """What a continued run must find again."""
+    return prompts.data | ({"sft_data": demonstrations.records} if demonstrations else {})
 
 
 def reward_files(config: PolicyConfig) -> list[Path]:

@@ -18,9 +18,9 @@ from align_core.data.examples import prompt_example
 from align_core.data.records import PromptRecord, read_prompts
 from align_core.data.tally import Tally, tally
 from align_core.errors import DataError, WorkerError
+from align_core.stages.directory import Fingerprinted
 from align_core.stages.evaluations import Evaluations
 from align_core.stages.preflight import open_tokenizer
-from align_core.stages.run import Fingerprinted
 from align_core.stages.sync import check_versions
 from align_core.text import RenderedPrompt, Tokenizer, fit_prompt
 from align_core.types import Batch, Completion, Prompt

@@ -16,7 +16,6 @@ OUT/report.html             curves, times, samples (with align-core[tutorial]); 
 OUT/result.json             written last: the stage is finished
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -34,14 +33,12 @@ from align_core.config import StageConfig
 from align_core.contracts import SupportsAsyncSave
 from align_core.errors import (
     CheckpointError,
-    ConfigError,
-    DataError,
     MissingDependencyError,
     Stopped,
     missing_dependency,
 )
-from align_core.fingerprint import fingerprint
-from align_core.stages.continuing import changes, newer_settings, plain
+from align_core.stages.continuing import plain
+from align_core.stages.directory import Fingerprinted, Inputs, check_same, inputs_of, is_stale, look, saved_steps
 from align_core.stages.live import Screen, shown
 from align_core.stages.stopping import stop_request
 from align_core.stages.world import Model
@@ -59,14 +56,6 @@ class Stateful(Protocol):
 
     def restore(self, state: Mapping[str, str]) -> None:
         """Continues from `state`, which may hold other keys too."""
-        ...
-
-
-class Fingerprinted(Protocol):
-    """Data that can be recognised."""
-
-    def fingerprint(self) -> list[Mapping[str, object]]:
-        """Of each file, what another file would not have."""
         ...
 
 
@@ -95,12 +84,7 @@ class Run:
         self._screen: Screen | None = None
         self._until_finished = ExitStack()
         """What stays in force between the last step and the end of `finish`."""
-        self._check_settings()
-        self._id = self._check_data(
-            {name: found.fingerprint() for name, found in (data or {}).items()},
-            {str(path): hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in code},
-            _models(config),
-        )
+        self._id = self._begin(inputs_of(config, data or {}, code))
 
     @property
     def finished(self) -> bool:
@@ -212,64 +196,24 @@ class Run:
             first_step=first_step,
         )
 
-    def _check_data(
-        self, now: Mapping[str, list[Mapping[str, object]]], code: Mapping[str, str], models: Mapping[str, str]
-    ) -> str:
-        """Compares data, hashes of code and fingerprints of models with what the run began with; returns its id."""
-        path = self.out / "data.json"
-        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        begun = bool(before) and (self.finished or bool(_checkpoints(self.out)))
-        for name, files in now.items() if begun else ():
-            old = before["data"].get(name)
-            if old is not None and old != files:
-                raise DataError(
-                    f"{name} of the run in {self.out} has changed: {_data_change(old, files)}; "
-                    "restore the file to continue, or choose another --out"
-                )
-        for name, found in models.items() if begun else ():
-            if before.get("models", {}).get(name, found) != found:
-                raise DataError(
-                    f"{str(getattr(self.config, name))!r} holds another model than when the run in {self.out} began "
-                    f"(setting {name}); restore it to continue, or choose another --out"
-                )
-        if before and begun:
-            for file, found in code.items():
-                if before.get("code", {}).get(file, found) != found:
-                    logger.warning(
-                        "%s has changed since the run in %s began; it goes on with the new one", file, self.out
-                    )
-            return str(before["id"])
-        if before and (before["data"], before.get("models", models)) != (now, models):
-            self._drop_computed()
+    def _begin(self, inputs: Inputs) -> str:
+        """Compares settings and inputs with those of a run that is there, and notes them; returns the run's id."""
+        found = look(self.out)
+        check_same(found, self.config, inputs)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if is_stale(found, self.config, inputs):
+            for computed in ("checkpoints", "best"):
+                shutil.rmtree(self.out / computed, ignore_errors=True)
+        write_text(self.out / "config.yaml", yaml.safe_dump(plain(self.config), sort_keys=False))
+        if found.begun and found.record:
+            return str(found.record["id"])
         identity = uuid.uuid4().hex
-        write_json(path, {"id": identity, "data": now, "models": models, "code": code})
+        record = {"id": identity, "data": inputs.data, "models": inputs.models, "code": inputs.code}
+        write_json(self.out / "data.json", record)
         return identity
 
-    def _check_settings(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "config.yaml"
-        now = plain(self.config)
-        if path.exists():
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed, begun = changes(before, self.config), self.finished or bool(_checkpoints(self.out))
-            if begun and (newer := newer_settings(before, self.config)):
-                logger.info("settings that are newer than the run in %s: %s", self.out, ", ".join(newer))
-            if changed and begun:
-                raise ConfigError(
-                    f"{self.out} holds a run with other settings ({'; '.join(changed)}); "
-                    "repeat those settings to continue it, or choose another --out"
-                )
-            if changed:
-                self._drop_computed()
-        write_text(path, yaml.safe_dump(now, sort_keys=False))
-
-    def _drop_computed(self) -> None:
-        """No step was saved: what was computed before the first one belongs to other settings, data or models."""
-        for computed in ("checkpoints", "best"):
-            shutil.rmtree(self.out / computed, ignore_errors=True)
-
     def _resume(self, model: Model, beside: Mapping[str, Model], state: Sequence[Stateful]) -> int:
-        newest = max(_checkpoints(self.out), default=0)
+        newest = max(saved_steps(self.out), default=0)
         if newest:
             path = self.out / "checkpoints" / f"step_{newest}"
             saved = dict(model.load(path))
@@ -299,7 +243,7 @@ class Run:
         kept = {key: value for each in state for key, value in each.state().items()}
         model.save(folder / f"step_{step}", {"step": str(step), **kept})
         # Of those that are complete: one that is still being written is not among them.
-        for older in sorted(_checkpoints(self.out))[: -self.config.keep_last]:
+        for older in sorted(saved_steps(self.out))[: -self.config.keep_last]:
             shutil.rmtree(folder / f"step_{older}")
             for name in beside:
                 shutil.rmtree(folder / f"{name}_step_{older}", ignore_errors=True)
@@ -342,21 +286,3 @@ def _export_hf(model: Path, out: Path) -> None:
     except ModuleNotFoundError as error:
         raise missing_dependency(str(error.name), "align-core[megatron]", needed_for="export to hf") from error
     export_hf(model, out)
-
-
-def _data_change(before: list[dict[str, object]], now: list[Mapping[str, object]]) -> str:
-    if len(before) != len(now):
-        return f"{len(before)} files then, {len(now)} now"
-    was, found = next((old, new) for old, new in zip(before, now) if old != dict(new))
-    return ", ".join(f"{key} was {was[key]}, is {found[key]}" for key in was if was[key] != found[key])
-
-
-def _models(config: StageConfig) -> dict[str, str]:
-    """Settings that name a model's directory which is there, and fingerprints of what it holds."""
-    named = {name: getattr(config, name, None) for name in ("model", "reward_model")}
-    return {name: fingerprint(path) for name, path in named.items() if path is not None and path.is_dir()}
-
-
-def _checkpoints(out: Path) -> list[int]:
-    names = (entry.name for entry in (out / "checkpoints").glob("step_*"))
-    return [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit()]
