@@ -124,6 +124,13 @@ def test_calls_of_functions_are_refused_by_name(tmp_path: Path, function: object
         load_pickle(tmp_path / "x.pt")
 
 
+def test_io_is_buffers_only() -> None:
+    """Python 3.12 writes io.open as _io.open, beside the _io.BytesIO that Transformer Engine keeps its scales in."""
+    with pytest.raises(FormatError, match=r"is refused: it names '_io.open', which is code"):
+        read_pickle(b"\x80\x02c_io\nopen\nX\x01\0\0\0x\x85R.", Path("x.pt"))
+    read_pickle(b"\x80\x02c_io\nBytesIO\n)R.", Path("x.pt"))
+
+
 def test_classes_cannot_be_changed_from_a_file() -> None:
     """BUILD with a slot state would set an attribute of a class that everybody shares."""
     data = b"\x80\x02cargparse\nNamespace\nN}X\x01\0\0\0aK\x01s\x86b."

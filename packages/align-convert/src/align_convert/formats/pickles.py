@@ -30,7 +30,7 @@ _INERT_MODULES = (
     "transformer_engine.",
     "types.SimpleNamespace",
     "pathlib.",
-    "_io.",
+    "_io.BytesIO",
     "_codecs.encode",
     "torch.distributed.checkpoint.",
     "torch.serialization._get_layout",
