@@ -13,7 +13,7 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
         CheckpointError: a file that is there holds no JSON object.
     """
     for path in (directory / "generation_config.json", directory / "config.json"):
-        found = _read_object(path).get("eos_token_id") if path.is_file() else None
+        found = read_object(path).get("eos_token_id") if path.is_file() else None
         if isinstance(found, int):
             return (found,)
         if isinstance(found, list) and found:
@@ -21,7 +21,12 @@ def read_eos_ids(directory: Path) -> tuple[int, ...]:
     return ()
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def read_object(path: Path) -> dict[str, object]:
+    """The JSON object in a file of a model directory; the file is there.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -4,13 +4,12 @@ A model directory is anything with a Hugging Face config.json: a Hugging Face mo
 whose weights an engine cannot read but can be sent. Reads JSON only, and knows nothing of vLLM.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from align_core.errors import CheckpointError, LayoutError
-from align_core.stop_ids import read_eos_ids
+from align_core.stop_ids import read_eos_ids, read_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +75,10 @@ def read_config(path: Path) -> dict[str, object]:
     """config.json of a model directory; raises CheckpointError if `path` is no such directory."""
     if not path.is_dir():
         raise CheckpointError(f"no model directory at {str(path)!r}; give a Hugging Face directory with config.json")
-    return _read_object(path / "config.json")
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{str(path)!r} has no {file.name}; give a Hugging Face model directory")
+    return read_object(file)
 
 
 def _holds_weights(path: Path) -> bool:
@@ -88,18 +90,6 @@ def _holds_weights(path: Path) -> bool:
             "save the model again with save_pretrained"
         )
     return False
-
-
-def _read_object(file: Path) -> dict[str, object]:
-    if not file.is_file():
-        raise CheckpointError(f"{str(file.parent)!r} has no {file.name}; give a Hugging Face model directory")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{str(file)!r} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{str(file)!r} must hold a JSON object, found {type(found).__name__}")
-    return found
 
 
 def _present(config: Mapping[str, object]) -> dict[str, object]:
